@@ -41,6 +41,7 @@ def similarity_maps(
     fig, axes = plt.subplots(len(tokens), 1 + len(points), figsize=(1.6 * (1 + len(points)) + .8, 1.7 * len(tokens)), squeeze=False, layout="constrained")
     for row, (name, z) in zip(axes, tokens.items()): drawn = _similarity_row(row, name, z, pixels, image, points, centre)
     fig.colorbar(drawn, ax=axes, label="cosine similarity" + " (mean removed)" * centre, aspect=30)
+    plt.close(fig)  # a notebook shows what a cell returns; an open figure would be shown a second time
     return fig
 
 # %% ../nbs/02d_visualize.ipynb #c011
