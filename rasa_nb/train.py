@@ -79,8 +79,10 @@ def _check_config(c):
 def _parse_k(k):
     "None for 'auto', else a tuple of numbers; takes 100, '21,100' or [21, 100]."
     if k == "auto": return None
-    try: return tuple(int(n) for n in (str(k).split(",") if isinstance(k, (int, str)) else k))
-    except (TypeError, ValueError): raise ValueError(f"k={k!r}: expected a number, numbers with commas such as '21,100', or 'auto'") from None
+    try: numbers = tuple(int(n) for n in (str(k).split(",") if isinstance(k, (int, str)) else k))
+    except (TypeError, ValueError): numbers = ()
+    if not numbers: raise ValueError(f"k={k!r}: expected a number, numbers with commas such as '21,100', or 'auto'")
+    return numbers
 
 # %% ../nbs/03_train.ipynb #c012
 def check_names(

@@ -47,9 +47,10 @@ def similarity_maps(
 # %% ../nbs/02d_visualize.ipynb #c011
 def _similarity_row(axes, name, patch_tokens, pixels, image, points, centre):
     (height, width), (gh, gw) = image.shape[1:], patch_tokens.shape[:2]
-    axes[0].imshow(pixels.permute(1, 2, 0), extent=(0, width, height, 0)); axes[0].set_ylabel(name)
+    axes[0].imshow(pixels.permute(1, 2, 0).numpy(), extent=(0, width, height, 0)); axes[0].set_ylabel(name)
     for ax, (x, y), number in zip(axes[1:], points, "123456789"):
-        drawn = ax.imshow(patch_similarity(patch_tokens, (int(y * gh / height), int(x * gw / width)), centre), extent=(0, width, height, 0), vmin=-1, vmax=1, cmap="RdBu_r")
+        similarity = patch_similarity(patch_tokens, (int(y * gh / height), int(x * gw / width)), centre).numpy()
+        drawn = ax.imshow(similarity, extent=(0, width, height, 0), vmin=-1, vmax=1, cmap="RdBu_r")
         for a in (axes[0], ax): a.plot(x, y, "o", mfc="white", mec="black", ms=5)
         axes[0].annotate(number, (x, y), xytext=(4, 2), textcoords="offset points", color="white", fontsize=8, weight="bold")
     for ax in axes: ax.set(xticks=[], yticks=[])
