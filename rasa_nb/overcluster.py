@@ -9,7 +9,7 @@ __all__ = ['MATCHINGS', 'LEOPART', 'FRANCA', 'Protocol', 'confusion_matrix', 'ma
            'new_moments', 'reduce_tokens', 'fingerprint', 'overcluster', 'overcluster_tokens', 'class_colours']
 
 # %% ../nbs/02c_overcluster.ipynb #c003
-import hashlib, json, math, os, tempfile
+import hashlib, json, math, os, tempfile, zipfile
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -153,9 +153,18 @@ class UpsampledMoments(Moments):
 
     def compress(self, patch_tokens):  # [B, gh, gw, D]
         "Returns tokens whose second moment is that of the upsampled ones."
-        return torch.einsum("ia,jb,nabd->nijd", *self.r, patch_tokens.detach().cpu().double())
+        (rows, columns), z = self.r, patch_tokens.detach().cpu().double()
+        z = (rows @ z.flatten(2)).view(len(z), len(rows), *z.shape[2:])
+        return columns @ z
 
-    def update(self, patch_tokens): return super().update(self.compress(patch_tokens))
+    def update(self, patch_tokens):  # [B, gh, gw, D]
+        "Adds a batch of tokens and returns self; tokens that are not finite are refused, naming the image."
+        finite = patch_tokens.isfinite().flatten(1).all(1)
+        if not finite.all(): raise ValueError(f"tokens of image {self.count + int((~finite).nonzero()[0])} are not finite")
+        z = self.compress(patch_tokens); flat = z.flatten(0, 2).numpy()
+        self.count += len(z); self.cell_sum += z.sum(0)
+        self.second += torch.from_numpy(flat.T @ flat)   # numpy makes one half of a symmetric product, torch both
+        return self
 
     @property
     def mean(self): return torch.einsum("ij,ijd->d", self.weights, self.cell_mean) / self.pixels
@@ -200,18 +209,25 @@ def draw_points(
     size=None,    # (height, width) to upsample to; None: native tokens
 ) -> torch.Tensor:
     "Returns points [number, d] drawn without replacement from the (upsampled) maps, in order."
-    per_image = math.prod(size or maps.shape[1:3])
-    chosen = np.random.default_rng(seed).choice(len(maps) * per_image, min(number, len(maps) * per_image), replace=False, shuffle=False)
-    chosen, step, points = torch.from_numpy(np.sort(chosen)), _images_per_chunk(per_image * maps.shape[-1]), []
-    for start in range(0, len(maps), step):
-        low, high = torch.searchsorted(chosen, torch.tensor([start, start + step]) * per_image).tolist()
-        chunk = maps[start:start + step] if size is None else upsample(maps[start:start + step], size)
-        points.append(chunk.flatten(0, 2)[chosen[low:high] - start * per_image])
-    return torch.cat(points)
+    shape = (len(maps), *(size or maps.shape[1:3]))
+    chosen = np.random.default_rng(seed).choice(math.prod(shape), min(number, math.prod(shape)), replace=False, shuffle=False)
+    image, row, column = np.unravel_index(np.sort(chosen), shape)
+    points = torch.zeros(len(chosen), maps.shape[-1])
+    for rows, row_weight in _two_cells(shape[1], maps.shape[1]):
+        for columns, column_weight in _two_cells(shape[2], maps.shape[2]):
+            points.addcmul_((row_weight[row] * column_weight[column])[:, None], maps[image, rows[row], columns[column]])
+    return points
 
-def _images_per_chunk(numbers_per_image): return max(1, 2**23 // numbers_per_image)   # 32 MB of float32
+def _two_cells(size, cells):
+    "The two cells that each pixel lies between, and their weights: two pairs of [size]."
+    matrix = interpolation_matrix(size, cells)
+    low = (matrix > 0).int().argmax(1)
+    weight = matrix[torch.arange(size), low].float()
+    return (low, weight), ((low + 1).clamp(max=cells - 1), 1 - weight)
 
-# %% ../nbs/02c_overcluster.ipynb #c044
+def _images_per_chunk(numbers_per_image): return max(1, 2**21 // numbers_per_image)   # 8 MB of float32
+
+# %% ../nbs/02c_overcluster.ipynb #c045
 def kmeans_centres(
     points,            # [n, d]
     k:int,
@@ -221,7 +237,7 @@ def kmeans_centres(
     "Returns the K-means centres [k, d]."
     if not 1 < k <= len(points): raise ValueError(f"k={k}: expected 2 to {len(points)}, the number of points")
     if protocol.library == "faiss": return _faiss_centres(points, k, protocol, seed)
-    model = KMeans(k, init="random", n_init=protocol.n_init, max_iter=protocol.max_iter, random_state=seed).fit(points.numpy())
+    model = KMeans(k, init="random", n_init=protocol.n_init, max_iter=protocol.max_iter, tol=0, random_state=seed).fit(points.numpy())
     return torch.from_numpy(model.cluster_centers_).to(points)
 
 def _faiss_centres(points, k, protocol, seed):
@@ -232,7 +248,7 @@ def _faiss_centres(points, k, protocol, seed):
     model.train(np.ascontiguousarray(points.numpy()))
     return torch.from_numpy(model.centroids.copy())
 
-# %% ../nbs/02c_overcluster.ipynb #c046
+# %% ../nbs/02c_overcluster.ipynb #c047
 def nearest_centres(
     maps,                # reduced tokens [n, gh, gw, d]
     centres,             # [k, d]
@@ -251,7 +267,7 @@ def nearest_centres(
 def _argmin(a):
     return torch.from_numpy(a.numpy().argmin(-1)) if a.device.type == "cpu" else a.argmin(-1).cpu()   # numpy's is 5 times faster on CPU
 
-# %% ../nbs/02c_overcluster.ipynb #c052
+# %% ../nbs/02c_overcluster.ipynb #c053
 @dataclass(frozen=True, eq=False)
 class Run:
     "What one encoder, k and seed gave: pixel counts [k, C], and cluster maps of the images chosen for show."
@@ -261,7 +277,7 @@ class Run:
     confusion: np.ndarray                      # [k, C] int64
     labels: np.ndarray = field(repr=False)     # [m, height, width] uint16, clusters
 
-# %% ../nbs/02c_overcluster.ipynb #c053
+# %% ../nbs/02c_overcluster.ipynb #c054
 def cluster_run(
     maps,             # reduced tokens [n, gh, gw, d]
     masks,            # [n, height, width]
@@ -282,7 +298,7 @@ def cluster_run(
     labels = torch.cat([torch.zeros(0, *size, dtype=torch.long), *chosen])
     return Run(encoder, k, seed, confusion, labels.numpy().astype(np.uint16))
 
-# %% ../nbs/02c_overcluster.ipynb #c055
+# %% ../nbs/02c_overcluster.ipynb #c056
 @dataclass(frozen=True, eq=False, repr=False)
 class OverclusterResult:
     "Counts and scores of every encoder, k and seed under one protocol."
@@ -307,7 +323,7 @@ class OverclusterResult:
     @property
     def absent(self): return tuple(c for c, n in zip(self.classes, self.runs[0].confusion.sum(0)) if n == 0)
 
-# %% ../nbs/02c_overcluster.ipynb #c056
+# %% ../nbs/02c_overcluster.ipynb #c057
 def _score(self, run, matching=None):
     "IoU of each class [C] in percent; nan where absent."
     return 100 * class_iou(run.confusion, match_clusters(run.confusion, matching or self.matching(run.k)))
@@ -324,7 +340,7 @@ def _background(self, run):
 
 OverclusterResult.score, OverclusterResult.frame, OverclusterResult._background = _score, property(_frame), _background
 
-# %% ../nbs/02c_overcluster.ipynb #c058
+# %% ../nbs/02c_overcluster.ipynb #c059
 def _table(self):
     "mIoU in percent, mean and std over seeds: a row per encoder, a pair of columns per k."
     t = self.frame.groupby(["encoder", "k"], sort=False).miou.agg(["mean", lambda m: m.std(ddof=0)]).set_axis(["mean", "std"], axis=1)
@@ -343,7 +359,7 @@ def _to_dict(self):
 
 OverclusterResult.table, OverclusterResult.per_class, OverclusterResult.to_dict = property(_table), property(_per_class), _to_dict
 
-# %% ../nbs/02c_overcluster.ipynb #c060
+# %% ../nbs/02c_overcluster.ipynb #c061
 def _change(self):
     "Change of mIoU against the first encoder: a row per other encoder and k, with mean, low and high of a paired 95 % interval over seeds."
     scores = self.frame.pivot(index=["k", "seed"], columns="encoder", values="miou")
@@ -357,7 +373,7 @@ def _change(self):
 
 OverclusterResult.change = property(_change)
 
-# %% ../nbs/02c_overcluster.ipynb #c061
+# %% ../nbs/02c_overcluster.ipynb #c062
 def _repr_html(self):
     frame, cells = self.frame, {}
     for k in self.ks:
@@ -379,31 +395,34 @@ def _caption(self):
 
 OverclusterResult._repr_html_, OverclusterResult._caption = _repr_html, _caption
 
-# %% ../nbs/02c_overcluster.ipynb #c063
+# %% ../nbs/02c_overcluster.ipynb #c064
 def estimate_memory(
-    images:int, grid_size, embed_dim:int,   # of the tokens; with several base encoders, the sum of their dimensions
-    k:int,                                  # the largest
+    images:int,
+    shapes,                 # (gh, gw, D) of each base encoder's tokens
+    k:int,                  # the largest
     protocol,
-    store:str="float32",                    # "float32", "float16" or "memmap" (16-bit, in a file)
+    store:str="float32",    # "float32", "float16" or "memmap" (16-bit, in a file)
 ) -> dict:
     "Returns the bytes of memory that each part of `overcluster` takes, encoders aside."
-    cells, pixels = math.prod(grid_size), math.prod(_pair(protocol.mask_size))
-    tokens = images * cells * embed_dim * dict(float32=4, float16=2, memmap=0)[store]
-    reduced = images * cells * min(protocol.pca, embed_dim) * 4
-    points = 3 * k * min(protocol.points_per_centroid, -(-images * pixels // k)) * protocol.pca * 4   # and scikit-learn's copies
-    chunk = 3 * 4 * max(2**23, (pixels if protocol.upsample else cells) * k)
-    return dict(tokens=tokens, masks=images * pixels, reduced=reduced, kmeans=points, chunks=chunk, moments=6 * 8 * embed_dim**2)
+    bytes_each, pixels = dict(float32=4, float16=2, memmap=0)[store], math.prod(_pair(protocol.mask_size))
+    cells, dim = max(gh * gw for gh, gw, _ in shapes), max(d for *_, d in shapes)
+    clustered = pixels if protocol.upsample else cells
+    return dict(tokens=images * sum(map(math.prod, shapes)) * bytes_each,
+                masks=images * pixels,
+                reduced=images * cells * min(protocol.pca, dim) * 4,
+                kmeans=4 * 4 * min(k * protocol.points_per_centroid, images * clustered) * protocol.pca,   # and scikit-learn's copies
+                chunks=4 * 4 * max(2**21, clustered * k),
+                moments=6 * 8 * sum(d**2 for *_, d in shapes))
 
 def _pair(size): return (size, size) if isinstance(size, int) else tuple(size)
 
-# %% ../nbs/02c_overcluster.ipynb #c064
-def _choose_store(store, images, grid_size, embed_dim, k, protocol):
+# %% ../nbs/02c_overcluster.ipynb #c065
+def _choose_store(store, *request):
     kinds = ("float32", "float16", "memmap")
     if store not in ("auto", *kinds): raise ValueError(f"store={store!r}: expected 'auto', {', '.join(map(repr, kinds))}")
     if store != "auto": return store
     free = psutil.virtual_memory().available
-    fits = [s for s in kinds if sum(estimate_memory(images, grid_size, embed_dim, k, protocol, s).values()) < free / 2]
-    return (fits or ["memmap"])[0]
+    return next((s for s in kinds if sum(estimate_memory(*request, s).values()) < free / 2), "memmap")
 
 def _new_store(shape, kind, folder):
     "An empty tensor for tokens, in memory or in a file of `folder`."
@@ -411,7 +430,7 @@ def _new_store(shape, kind, folder):
     handle, path = tempfile.mkstemp(dir=folder); os.close(handle)
     return torch.from_file(path, shared=True, size=math.prod(shape), dtype=torch.float16).view(shape)
 
-# %% ../nbs/02c_overcluster.ipynb #c068
+# %% ../nbs/02c_overcluster.ipynb #c069
 def _unwrap(encoder):
     "The base encoder and the heads attached to it, first to last."
     heads = []
@@ -434,7 +453,7 @@ def _encode(bases, data, protocol, store, folder, batch_size, num_workers, progr
         start += len(images)
     return tokens, moments, torch.cat(masks)
 
-# %% ../nbs/02c_overcluster.ipynb #c069
+# %% ../nbs/02c_overcluster.ipynb #c070
 def new_moments(grid_size, embed_dim, protocol):
     "Returns empty moments of what the protocol clusters: native tokens, or upsampled ones."
     return UpsampledMoments(grid_size, embed_dim, _pair(protocol.mask_size)) if protocol.upsample else Moments(grid_size, embed_dim)
@@ -457,23 +476,27 @@ def reduce_tokens(
     "Returns the principal components of the standardised tokens behind the heads [n, gh, gw, pca]."
     for head in heads: moments = moments_after(moments, head, tokens.shape[1:3])
     mean, projection = (a.to(device, torch.float32) for a in whitened_pca(moments, protocol.pca))
-    reduced = torch.empty(*tokens.shape[:3], projection.shape[1])
-    for start in range(0, len(tokens), 32):
-        z = tokens[start:start + 32].to(device).float()
+    reduced, step = torch.empty(*tokens.shape[:3], projection.shape[1]), _images_per_chunk(tokens[0].numel())
+    for start in range(0, len(tokens), step):
+        z = tokens[start:start + step].to(device).float()
         for head in heads: z = head(z)
-        reduced[start:start + 32] = ((z - mean) @ projection).cpu()
+        reduced[start:start + step] = ((z - mean) @ projection).cpu()
     return reduced
 
-# %% ../nbs/02c_overcluster.ipynb #c071
+# %% ../nbs/02c_overcluster.ipynb #c072
 def fingerprint(
     encoder,     # a `PatchEncoder`
 ) -> str:
-    "Returns a hash of an encoder's weights and settings."
-    h = hashlib.sha256(repr([(type(m).__name__, m.extra_repr()) for m in encoder.modules()]).encode())
+    "Returns a hash of an encoder's weights and plain settings; of its functions it knows the names only."
+    h = hashlib.sha256(repr([(type(m).__name__, _settings(m)) for m in encoder.modules()]).encode())
     for name, t in [*encoder.named_parameters(), *encoder.named_buffers()]:
         h.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
         h.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return h.hexdigest()
+
+def _settings(module):
+    plain = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str, tuple)) and k != "name"}
+    return module.extra_repr(), plain, getattr(getattr(module, "tokens", None), "__qualname__", "")
 
 def _run_files(folder, encoders, ks, protocol, data, examples):
     "The file of each run, {(encoder, k, seed): path, or None without a folder}."
@@ -484,7 +507,7 @@ def _run_files(folder, encoders, ks, protocol, data, examples):
     keys = [(name, k, seed) for name in encoders for k in ks for seed in protocol.seeds]
     return {key: Path(folder) / f"{stems[key[0]]}-k{key[1]}-seed{key[2]}.npz" if folder else None for key in keys}
 
-# %% ../nbs/02c_overcluster.ipynb #c072
+# %% ../nbs/02c_overcluster.ipynb #c073
 def _save_run(run, path):
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, part = tempfile.mkstemp(dir=path.parent, suffix=".part")
@@ -496,9 +519,9 @@ def _save_run(run, path):
 def _load_run(path, encoder, k, seed):
     try:
         with np.load(path) as f: return Run(encoder, k, seed, f["confusion"], f["labels"])
-    except (OSError, ValueError, KeyError) as e: raise ValueError(f"{path} is no saved run: delete it to have it computed again ({e})") from e
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as e: raise ValueError(f"{path} is no saved run: delete it to have it computed again ({e})") from e
 
-# %% ../nbs/02c_overcluster.ipynb #c074
+# %% ../nbs/02c_overcluster.ipynb #c075
 def _check_clusters(ks, seeds, num_classes, points):
     if not ks or not seeds: raise ValueError(f"k={ks} and seeds={seeds}: expected at least one of each")
     for k in ks:
@@ -515,7 +538,7 @@ def _check_masks(masks, classes, ignore_index, name):
 
 def _points(images, grid_size, protocol): return images * math.prod(_pair(protocol.mask_size) if protocol.upsample else grid_size)
 
-# %% ../nbs/02c_overcluster.ipynb #c076
+# %% ../nbs/02c_overcluster.ipynb #c077
 def overcluster(
     encoders,               # name -> encoder, or one encoder; the first is what others are compared with
     data,                   # a dataset with masks
@@ -536,7 +559,7 @@ def overcluster(
     if todo: runs |= _run_all(encoders, data, todo, protocol, batch_size, num_workers, progress, store, examples)
     return OverclusterResult([runs[key] for key in files], protocol, dict(data.describe(), ignore_index=data.ignore_index), tuple(data.classes), [data[i] for i in examples])
 
-# %% ../nbs/02c_overcluster.ipynb #c077
+# %% ../nbs/02c_overcluster.ipynb #c078
 def _request(encoders, data, k, protocol, seeds):
     "What is asked for, with defaults filled in."
     if data.num_classes is None: raise ValueError(f"{data.name} has no masks to score against")
@@ -554,16 +577,14 @@ def _own_size(data):
     "The size that all images of a dataset have by themselves, or None; a cut dataset is asked for what it was cut from."
     return getattr(data, "size", None) or (_own_size(data.data) if hasattr(data, "data") else None)
 
-# %% ../nbs/02c_overcluster.ipynb #c078
+# %% ../nbs/02c_overcluster.ipynb #c079
 def _announce(bases, data, protocol, store):
     "Chooses how tokens are stored, prints what the work will take, returns the choice."
-    bases = list(bases)
-    grid, dims = check_image_size(protocol.image_size, bases[0].patch_size), sum(b.embed_dim for b in bases)
-    request = len(data), grid, dims, max(protocol.k), protocol
-    store = _choose_store(store, *request)
-    parts = estimate_memory(*request, store)
-    print(f"overcluster: {len(data)} images of {math.prod(grid)} tokens, D={dims}: about {sum(parts.values()) / 1e9:.2f} GB of memory beside the encoder "
-          f"(tokens {parts['tokens'] / 1e9:.2f} GB, {'float16 in a file' if store == 'memmap' else store})")
+    shapes = [(*check_image_size(protocol.image_size, b.patch_size), b.embed_dim) for b in bases]
+    store = _choose_store(store, len(data), shapes, max(protocol.k), protocol)
+    parts = estimate_memory(len(data), shapes, max(protocol.k), protocol, store)
+    print(f"overcluster: {len(data)} images, tokens {', '.join('x'.join(map(str, s)) for s in shapes)}: about {sum(parts.values()) / 1e9:.2f} GB of memory "
+          f"beside the encoder (tokens {parts['tokens'] / 1e9:.2f} GB, {'float16 in a file' if store == 'memmap' else store})")
     return store
 
 def _run_all(encoders, data, todo, protocol, batch_size, num_workers, progress, store, examples):
@@ -583,7 +604,7 @@ def _run_all(encoders, data, todo, protocol, batch_size, num_workers, progress, 
         del tokens
     return runs
 
-# %% ../nbs/02c_overcluster.ipynb #c080
+# %% ../nbs/02c_overcluster.ipynb #c081
 def overcluster_tokens(
     tokens,           # name -> patch tokens [n, gh, gw, D]
     masks,            # [n, height, width], whose size takes the place of the protocol's mask_size
@@ -600,13 +621,13 @@ def overcluster_tokens(
         if len(z) != len(masks): raise ValueError(f"{encoder}: tokens of {len(z)} images for {len(masks)} masks")
         _check_clusters(ks, seeds, len(classes), _points(len(z), z.shape[1:3], protocol))
         moments = new_moments(z.shape[1:3], z.shape[3], protocol)
-        for chunk in z.split(32): _update(moments, chunk, encoder)
+        for chunk in z.split(_images_per_chunk(z[0].numel())): _update(moments, chunk, encoder)
         maps = reduce_tokens(z, moments, protocol, device=device)
         for n, seed in tqdm([(n, s) for n in ks for s in seeds], encoder, unit=" runs", disable=not progress):
             runs.append(cluster_run(maps, masks, n, seed, protocol, len(classes), ignore_index, encoder, device=device))
     return OverclusterResult(runs, protocol, dict(name=name, images=len(masks), num_classes=len(classes), ignore_index=ignore_index), tuple(classes))
 
-# %% ../nbs/02c_overcluster.ipynb #c092
+# %% ../nbs/02c_overcluster.ipynb #c093
 def class_colours(
     n:int,    # classes
 ) -> np.ndarray:
@@ -615,7 +636,7 @@ def class_colours(
     rounds = [base, base * .5, base + (1 - base) * .6, base * .25]
     return np.concatenate(rounds * (-(-n // 40)))[:n]
 
-# %% ../nbs/02c_overcluster.ipynb #c094
+# %% ../nbs/02c_overcluster.ipynb #c095
 def _show_scores(self):
     frame = self.frame.assign(K=self.frame.k.map(str))
     fig, ax = plt.subplots(figsize=(1.5 + 1.2 * len(self.ks) + .4 * len(self.encoders), 3), layout="constrained")
@@ -625,7 +646,7 @@ def _show_scores(self):
     sns.despine(fig)
     return fig
 
-# %% ../nbs/02c_overcluster.ipynb #c096
+# %% ../nbs/02c_overcluster.ipynb #c097
 def _show_classes(self, k=None):
     k, shown = k or max(self.ks), [i for i, c in enumerate(self.classes) if c not in self.absent]
     fig, ax = plt.subplots(figsize=(5.5, 1 + .22 * len(shown)), layout="constrained")
@@ -637,7 +658,7 @@ def _show_classes(self, k=None):
     ax.invert_yaxis(); ax.legend(frameon=False, bbox_to_anchor=(.5, 1), loc="lower center"); sns.despine(fig)
     return fig
 
-# %% ../nbs/02c_overcluster.ipynb #c098
+# %% ../nbs/02c_overcluster.ipynb #c099
 def _show_confusion(self, k=None, encoder=None, seed=None):
     run = self[encoder or self.encoders[-1], k or max(self.ks), self.protocol.seeds[0] if seed is None else seed]
     shown = [i for i, c in enumerate(self.classes) if c not in self.absent]
@@ -649,7 +670,7 @@ def _show_confusion(self, k=None, encoder=None, seed=None):
     ax.set(xlabel="class of the cluster", ylabel="true class", title=f"{run.encoder}, K={run.k}, seed {run.seed}")
     return fig
 
-# %% ../nbs/02c_overcluster.ipynb #c100
+# %% ../nbs/02c_overcluster.ipynb #c101
 def _show_maps(self, k=None, seed=None):
     k, seed = k or max(self.ks), self.protocol.seeds[0] if seed is None else seed
     size = (1.45 * (2 + len(self.encoders)) + 1.2, 1.45 * len(self.examples) + .2)
@@ -673,7 +694,7 @@ def _matched(self, name, k, seed, i):
 
 OverclusterResult._matched = _matched
 
-# %% ../nbs/02c_overcluster.ipynb #c101
+# %% ../nbs/02c_overcluster.ipynb #c102
 def _show(self,
     what:str="scores",   # "scores", "classes", "confusion" or "maps"
     **chosen,            # k for all but scores; seed for confusion and maps; encoder for confusion
