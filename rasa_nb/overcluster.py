@@ -384,7 +384,7 @@ def _repr_html(self):
             cells[f"K={k}, {how}"] = [f"{m:.1f} ± {s:.1f}" for m, s in zip(scores.mean(), scores.std(ddof=0))]
         change = self.change.query("k == @k")
         if len(change): cells[f"K={k}, change [95 %]"] = [""] + [_interval(c) for c in change.itertuples()]
-    return pd.DataFrame(cells, self.encoders).style.set_caption(self._caption()).to_html()
+    return pd.DataFrame(cells, self.encoders).style.set_caption(self._caption()).set_uuid("scores").to_html()
 
 def _interval(c): return f"{c.mean:+.1f}" + (f" [{c.low:+.1f}, {c.high:+.1f}]" if c.low == c.low else "")
 
@@ -531,7 +531,8 @@ def _check_clusters(ks, seeds, num_classes, points):
 def _check_masks(masks, classes, ignore_index, name):
     if masks.is_floating_point(): raise TypeError(f"the masks of {name} are {masks.dtype}, expected integers: class ids")
     present = [c for c in masks.unique().tolist() if c != ignore_index]
-    if present and max(present) >= len(classes): raise ValueError(f"the masks of {name} hold class {max(present)}, expected 0 to {len(classes) - 1} or {ignore_index}")
+    if present and max(present) >= len(classes):
+        raise ValueError(f"the masks of {name} hold class {max(present)}, expected 0 to {len(classes) - 1} or {ignore_index}")
     if len(present) < 2:
         shown = f"one class only ({classes[present[0]]})" if present else "no class at all"
         raise ValueError(f"the masks of {name} show {shown}: with fewer than two, any clustering scores 100 %")
@@ -640,7 +641,8 @@ def class_colours(
 def _show_scores(self):
     frame = self.frame.assign(K=self.frame.k.map(str))
     fig, ax = plt.subplots(figsize=(1.5 + 1.2 * len(self.ks) + .4 * len(self.encoders), 3), layout="constrained")
-    sns.barplot(frame, x="K", y="miou", hue="encoder", errorbar=lambda v: (v.mean() - v.std(ddof=0), v.mean() + v.std(ddof=0)), palette="colorblind", capsize=.15, err_kws=dict(linewidth=1), ax=ax)
+    def spread(v): return v.mean() - v.std(ddof=0), v.mean() + v.std(ddof=0)
+    sns.barplot(frame, x="K", y="miou", hue="encoder", errorbar=spread, palette="colorblind", capsize=.15, err_kws=dict(linewidth=1), ax=ax)
     ax.set(xlabel="clusters", ylabel="mIoU (%)", title=f"{self.data['name']}, {self.protocol.name}")
     ax.legend(title=None, frameon=False, bbox_to_anchor=(1, 1), loc="upper left")
     sns.despine(fig)

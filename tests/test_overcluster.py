@@ -12,7 +12,8 @@ from threadpoolctl import threadpool_limits
 
 from rasa_nb.data import Evaluation, Scenes, SegmentationData, Transformed, VOCSegmentation, batches
 from rasa_nb.encoders import PatchEncoder, load_encoder
-from rasa_nb.overcluster import *
+from rasa_nb.overcluster import (FRANCA, LEOPART, UpsampledMoments, class_iou, confusion_matrix, draw_points, kmeans_centres, match_clusters,
+                                 moments_after, nearest_centres, overcluster, overcluster_tokens, reduce_tokens, upsample, whitened_pca)
 from rasa_nb.rasa import DebiasedEncoder, Moments, RASAHead
 
 root = Path(__file__).resolve().parent.parent
@@ -353,8 +354,9 @@ def small(fill, n=4, size=16): return [torch.full((size, size), fill, dtype=torc
     (lambda e: overcluster(e, Masked(small(0, size=9) * 2), k=3), r"image is \(16, 16\) but mask is \(9, 9\)"),
     (lambda e: overcluster(e, Masked(small(7)), k=3), r"mask holds ids \[7\], expected 0 to 2 or 255"),
     (lambda e: overcluster_tokens({"z": torch.randn(4, 2, 2, 3)}, torch.stack(small(7)), list("abc"), k=3), "hold class 7, expected 0 to 2"),
-    (lambda e: overcluster_tokens({"z": torch.randn(3, 2, 2, 3)}, torch.stack(small(7)), range(8), k=8), "fewer than two|tokens of 3 images for 4 masks"),
-    (lambda e: overcluster(e, Scenes("val", 4), k=12, protocol=LEOPART.replace(library="faiss").replace(library="cuml")), "library='cuml'"),
+    (lambda e: overcluster_tokens({"z": torch.randn(3, 2, 2, 3)}, torch.randint(0, 2, (4, 8, 8)), list("ab"), k=2), "z: tokens of 3 images for 4 masks"),
+    (lambda e: overcluster_tokens({"z": torch.randn(4, 2, 2, 3)}, torch.rand(4, 8, 8), list("ab"), k=2), "expected integers: class ids"),
+    (lambda e: LEOPART.replace(library="cuml"), "library='cuml': expected 'sklearn' or 'faiss'"),
 ])
 def test_bad_input(call, error):
     with pytest.raises((ValueError, TypeError), match=error): call(counting_encoder())
