@@ -48,10 +48,13 @@ def _weights(state, path):
 _patch_keys = ("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight", "embeddings.patch_embeddings.weight",
                "embeddings.patch_embedding.weight")
 
-def find_encoder(state:dict) -> dict:
+def find_encoder(
+    state:dict,
+    keys=_patch_keys,   # one of which every ViT has: the weight of its patch embedding
+) -> dict:
     "Returns the part of a state dict that is a ViT, without its prefix; of several the teacher's."
-    prefixes = sorted({k.removesuffix(p) for k in state for p in _patch_keys if k == p or k.endswith("." + p)})
-    if not prefixes: raise ValueError(f"no ViT in this state dict: no key ends in {' or '.join(_patch_keys)}; it starts with {', '.join(list(state)[:5])}")
+    prefixes = sorted({k.removesuffix(p) for k in state for p in keys if k == p or k.endswith("." + p)})
+    if not prefixes: raise ValueError(f"no ViT in this state dict: no key ends in {' or '.join(keys)}; it starts with {', '.join(list(state)[:5])}")
     chosen = [p for p in prefixes if "teacher" in p] or prefixes
     if len(chosen) > 1: raise ValueError(f"{len(chosen)} ViTs in this state dict, under {', '.join(map(repr, chosen))}: save the one you mean")
     return {k.removeprefix(chosen[0]): v for k, v in state.items() if k.startswith(chosen[0])}

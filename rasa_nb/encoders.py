@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import lru_cache
+from math import isqrt
 from pathlib import Path
 
 import numpy as np
@@ -63,13 +64,16 @@ class PatchEncoder(nn.Module):
     def device(self): return self.mean.device
     def train(self, mode=True): return super().train(False)  # always frozen: dropout would make tokens random
 
-    def __repr__(self):
-        blocks = f", {self.num_layers} blocks" if self.num_layers else ""
-        position = f", position embedding resampled as {self.resampling!r}" if self.resampling else ""
-        return (f"{self.name}: patch {self.patch_size}, D={self.embed_dim}{blocks}, {self.num_prefix_tokens} prefix tokens, {self.image_size} px, "
-                f"licence {self.licence}{position}, {str(self.dtype).split('.')[-1]} on {self.device}")
-
 # %% ../nbs/01_encoders.ipynb #c010
+def _describe(self:PatchEncoder):
+    blocks = f", {self.num_layers} blocks" if self.num_layers else ""
+    position = f", position embedding resampled as {self.resampling!r}" if self.resampling else ""
+    return (f"{self.name}: patch {self.patch_size}, D={self.embed_dim}{blocks}, {self.num_prefix_tokens} prefix tokens, {self.image_size} px, "
+            f"licence {self.licence}{position}, {str(self.dtype).split('.')[-1]} on {self.device}")
+
+PatchEncoder.__repr__ = _describe
+
+# %% ../nbs/01_encoders.ipynb #c012
 def _check_images(self, images):
     if images.ndim != 4 or images.shape[1] != 3: raise ValueError(f"images have shape {tuple(images.shape)}, expected [B, 3, H, W]")
     if not images.is_floating_point():
@@ -79,7 +83,7 @@ def _check_images(self, images):
         self._warned = True
         warnings.warn(f"images range from {low:.2f} to {high:.2f}, expected [0, 1]; the encoder normalises by itself. Normalised twice?", stacklevel=4)
 
-# %% ../nbs/01_encoders.ipynb #c011
+# %% ../nbs/01_encoders.ipynb #c013
 def check_image_size(
     size,            # (height, width) or one number, pixels
     patch_size:int,
@@ -93,7 +97,7 @@ def check_image_size(
                              "Resize, crop or pad with `encoder.fit_size(how)`")
     return height // patch_size, width // patch_size
 
-# %% ../nbs/01_encoders.ipynb #c012
+# %% ../nbs/01_encoders.ipynb #c014
 @torch.no_grad()
 def _forward(self:PatchEncoder, images):
     _check_images(self, images)
@@ -109,7 +113,7 @@ def _forward(self:PatchEncoder, images):
 PatchEncoder.forward = _forward
 PatchEncoder._patch_tokens = lambda self, images: self.tokens(self.model, images)
 
-# %% ../nbs/01_encoders.ipynb #c017
+# %% ../nbs/01_encoders.ipynb #c019
 class ViTEncoder(PatchEncoder):
     "A `PatchEncoder` whose tokens leave a chosen block, or several, of a ViT."
     def __init__(self,
@@ -120,10 +124,18 @@ class ViTEncoder(PatchEncoder):
         **options,             # mean, std, name, licence, dtype as in `PatchEncoder`
     ):
         p = parts(model)
+        if not {"mean", "std"} <= set(options): raise ValueError(f"{options.get('name')}: mean and std of its training images are not known: pass mean=, std=")
         if resampling is not None and p.position is not None: resample(torch.zeros(2, 2, 1), (1, 1), resampling)  # an unknown way is named now
         super().__init__(model, None, p.embed_dim, p.patch_size, p.image_size, p.num_prefix_tokens, **options)
         self.parts, self.num_layers, self.resampling = parts, len(p.blocks), resampling if p.position is not None else None
-        self.layers, self.norm, self.embed_dim = _layer_numbers(layer, self.num_layers), norm, p.embed_dim * np.size(layer)
+        self._single = p.embed_dim, self.name
+        self._choose(layer, norm)
+
+    def _choose(self, layer, norm):
+        self.layers, self.norm = _layer_numbers(layer, self.num_layers), norm
+        dim, name = self._single
+        where = "" if self.layers == [self.num_layers - 1] else " block " + "+".join(map(str, self.layers))
+        self.embed_dim, self.name = dim * len(self.layers), name + where + ("" if norm else ", no norm")
 
     def blocks(self, images, layers, norm=True):
         "Returns the patch tokens [B, gh, gw, D] of each of the chosen blocks, from normalised images."
@@ -137,22 +149,19 @@ def _layer_numbers(layer, num_layers):
     if bad or not layers: raise ValueError(f"layer={layer}: expected block numbers between {-num_layers} and {num_layers - 1}")
     return [i % num_layers for i in layers]
 
-# %% ../nbs/01_encoders.ipynb #c019
+# %% ../nbs/01_encoders.ipynb #c021
 def _at(self:ViTEncoder,
     layer=-1,          # as in `ViTEncoder`
     norm:bool=True,
 ):
     "Returns this encoder at other blocks; model and weights are shared."
-    other, (single,) = copy.copy(self), [self.embed_dim // len(self.layers)]
-    other.layers, other.norm = _layer_numbers(layer, self.num_layers), norm
-    other.embed_dim = single * len(other.layers)
-    last = other.layers == [self.num_layers - 1]
-    other.name = self.name.split(" block")[0] + ("" if last else " block " + "+".join(map(str, other.layers))) + ("" if norm else ", no norm")
+    other = copy.copy(self)
+    other._choose(layer, norm)
     return other
 
 ViTEncoder.at = _at
 
-# %% ../nbs/01_encoders.ipynb #c021
+# %% ../nbs/01_encoders.ipynb #c023
 def from_timm(
     model,                      # a ViT of timm
     name=None,                  # shown in tables; None: its architecture
@@ -162,12 +171,12 @@ def from_timm(
     "Returns a timm ViT as a `PatchEncoder`, with the mean, std and licence of its configuration."
     cfg = getattr(model, "pretrained_cfg", None) or {}
     label = ".".join(filter(None, (cfg.get("architecture", "vit"), cfg.get("tag"))))
-    options = dict(mean=cfg.get("mean", (.5, .5, .5)), std=cfg.get("std", (.5, .5, .5)), licence=cfg.get("license") or "unknown") | options
+    options = {k: cfg[k] for k in ("mean", "std") if k in cfg} | dict(licence=cfg.get("license") or "unknown") | options
     return ViTEncoder(model, timm_parts, resampling=_way(resampling, label), name=name or label, **options)
 
 def _way(resampling, label): return official_resampling(label) if resampling == "official" else None if resampling == "library" else resampling
 
-# %% ../nbs/01_encoders.ipynb #c025
+# %% ../nbs/01_encoders.ipynb #c028
 @dataclass(frozen=True)
 class FitSize:
     "A transform to whole patches: image [..., 3, H, W], or image and mask, to the nearest size that a patch size divides."
@@ -197,7 +206,7 @@ def _at_least(side, patch_size):
 
 PatchEncoder.fit_size = lambda self, how: FitSize(how, self.patch_size)
 
-# %% ../nbs/01_encoders.ipynb #c028
+# %% ../nbs/01_encoders.ipynb #c032
 def _encode(self:PatchEncoder,
     data,                 # a dataset; raw ones are resized to `image_size`, a `Transformed` is taken as it is
     batch_size:int=32,
@@ -211,7 +220,7 @@ def _transformed(encoder, data): return data if isinstance(data, Transformed) el
 
 PatchEncoder.encode = _encode
 
-# %% ../nbs/01_encoders.ipynb #c030
+# %% ../nbs/01_encoders.ipynb #c034
 def _encode_to(self:PatchEncoder,
     path,                 # file to write, `.npy`
     data, batch_size:int=32, num_workers:int=0, desc:str=None,  # as in `encode`
@@ -233,7 +242,7 @@ def _encode_to(self:PatchEncoder,
 
 PatchEncoder.encode_to = _encode_to
 
-# %% ../nbs/01_encoders.ipynb #c031
+# %% ../nbs/01_encoders.ipynb #c035
 def _note(path, about):
     "Write the note in one move, after the tokens it speaks of."
     half = Path(f"{path}.json.part"); half.write_text(json.dumps(about)); os.replace(half, f"{path}.json")
@@ -248,7 +257,7 @@ def _done(path, about, first):
     if differs: raise ValueError(f"{path} holds other tokens ({'; '.join(differs)}): delete it, or take another file")
     return found["done"]
 
-# %% ../nbs/01_encoders.ipynb #c034
+# %% ../nbs/01_encoders.ipynb #c039
 _sizes = dict(vits="small", vitb="base", vitl="large")
 _dinov3 = {**_sizes, "vitsplus": "small_plus", "vithplus": "huge_plus"}
 ALIASES = {**{k: f"vit_{v}_patch16_dinov3_qkvb.lvd1689m" for k, v in _sizes.items()},
@@ -268,7 +277,7 @@ def _timm_name(name):
 
 VIT_MODULES = ("vision_transformer", "deit", "eva", "beit")  # timm's families of plain ViTs
 
-# %% ../nbs/01_encoders.ipynb #c036
+# %% ../nbs/01_encoders.ipynb #c041
 FRANCA = {"franca_vitb14": (768, 12, 12, 2048), "franca_vitl14": (1024, 24, 16, 2736), "franca_vitg14": (1536, 40, 24, 4096)}  # D, blocks, heads, width of the MLP
 
 def _franca(name, img_size=518):
@@ -278,7 +287,7 @@ def _franca(name, img_size=518):
     model.pretrained_cfg = dict(architecture=name, mean=timm.data.IMAGENET_DEFAULT_MEAN, std=timm.data.IMAGENET_DEFAULT_STD, license="franca research-only rail")
     return model
 
-# %% ../nbs/01_encoders.ipynb #c037
+# %% ../nbs/01_encoders.ipynb #c042
 def _create(name, **kwargs):
     "A timm ViT without classifier; where the family allows it, for any input size."
     if name in FRANCA: return _franca(name, **kwargs)
@@ -287,18 +296,18 @@ def _create(name, **kwargs):
         if "dynamic_img_size" not in str(e): raise
         return timm.create_model(name, num_classes=0, **kwargs)
 
-# %% ../nbs/01_encoders.ipynb #c040
+# %% ../nbs/01_encoders.ipynb #c045
 def _from_file(name, checkpoint, **kwargs):
     "A timm ViT with the weights of a file, for the image size that the file's position embedding is for."
     state, model = to_timm(read_checkpoint(checkpoint)), _create(name, **kwargs)
     if getattr(model, "pos_embed", None) is not None and "pos_embed" in state and state["pos_embed"].shape != model.pos_embed.shape:
         gh, gw = model.patch_embed.grid_size
-        side = (state["pos_embed"].shape[1] - model.pos_embed.shape[1] + gh * gw) ** .5
-        if side.is_integer() if isinstance(side, float) else False: model = _create(name, img_size=int(side) * model.patch_embed.patch_size[0], **kwargs)
+        cells = state["pos_embed"].shape[1] - (model.pos_embed.shape[1] - gh * gw)
+        if cells > 0 and isqrt(cells)**2 == cells: model = _create(name, img_size=isqrt(cells) * model.patch_embed.patch_size[0], **kwargs)
     load_strictly(model, state, checkpoint)
     return model
 
-# %% ../nbs/01_encoders.ipynb #c042
+# %% ../nbs/01_encoders.ipynb #c047
 def _hub_cached(repo):
     files = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
     return any(isinstance(try_to_load_from_cache(repo, f), str) for f in files)
@@ -322,7 +331,7 @@ def _pretrained(name, label, **kwargs):
     _need_hub(cfg.hf_hub_id, label, cfg.license)
     return _create(name, pretrained=True, **kwargs)
 
-# %% ../nbs/01_encoders.ipynb #c044
+# %% ../nbs/01_encoders.ipynb #c049
 TINY_SHA256 = "4da21c625607b96abc938b452de7f0006c3f9f5de242f0949b9746bed78da06e"
 _tiny_file = Path(__file__).parent / "weights" / "tiny.safetensors" if "__file__" in globals() else Path("../rasa_nb/weights/tiny.safetensors")
 
@@ -338,7 +347,7 @@ def _load_tiny():
     model = tiny_vit(); load_strictly(model, read_checkpoint(_tiny_file), _tiny_file)
     return model
 
-# %% ../nbs/01_encoders.ipynb #c045
+# %% ../nbs/01_encoders.ipynb #c051
 def _by_name(name, checkpoint, pretrained, options, **how):
     "`tiny`, an alias, Franca or a ViT of timm."
     if name == "tiny": model = tiny_vit() if checkpoint or not pretrained else _load_tiny()
@@ -346,10 +355,12 @@ def _by_name(name, checkpoint, pretrained, options, **how):
         full = name if name in FRANCA else _timm_name(name)
         if checkpoint: model = _from_file(full, checkpoint, **options)
         else: model = _pretrained(full, name, **options) if pretrained else _create(full, **options)
+        for note in model.pretrained_cfg.get("notes") or ():
+            if pretrained and "quickgelu" not in full: warnings.warn(f"{full}: {note}", stacklevel=4)  # the note stands at the variant it advises, too
     if checkpoint and name == "tiny": load_strictly(model, to_timm(read_checkpoint(checkpoint)), checkpoint)
     return from_timm(model, name, **how)
 
-# %% ../nbs/01_encoders.ipynb #c047
+# %% ../nbs/01_encoders.ipynb #c053
 _imagenet, _clip, _half = [(timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD), (timm.data.OPENAI_CLIP_MEAN, timm.data.OPENAI_CLIP_STD), ((.5, .5, .5), (.5, .5, .5))]
 
 def _image_stats(kind, name):
@@ -365,7 +376,7 @@ def _image_stats(kind, name):
 _licences = {"facebook/dinov2": "apache-2.0", "facebook/dinov3": "dinov3-license", "facebook/dino-": "apache-2.0", "facebook/vit-mae": "cc-by-nc-4.0",
              "facebook/deit": "apache-2.0", "openai/clip": "mit", "google/": "apache-2.0"}
 
-# %% ../nbs/01_encoders.ipynb #c048
+# %% ../nbs/01_encoders.ipynb #c054
 def from_transformers(
     model,                      # `Dinov2Model`, `Dinov2WithRegistersModel`, `DINOv3ViTModel`, `ViTModel`, `ViTMAEModel`, `CLIPVisionModel`, `SiglipVisionModel`, `CLIPModel`, `SiglipModel`
     name=None,                  # shown in tables; None: the id it was loaded from
@@ -379,7 +390,7 @@ def from_transformers(
     return ViTEncoder(model, transformers_parts, resampling=_way(resampling, f"{kind}/{origin}"), name=name or origin or type(model).__name__,
                       **dict(mean=mean, std=std, licence=licence) | options)
 
-# %% ../nbs/01_encoders.ipynb #c050
+# %% ../nbs/01_encoders.ipynb #c056
 _heads = ("pooler.", "classifier.", "decoder.", "lm_head.", "head.", "embeddings.mask_token", "text_model.", "logit_", "visual_projection.", "text_projection.")
 
 def _by_id(name, checkpoint, pretrained, options, **how):
@@ -395,7 +406,7 @@ def _by_id(name, checkpoint, pretrained, options, **how):
         raise ValueError(f"{name} does not fit {type(model).__name__}: " + "; ".join(f"{len(v)} {k.replace('_', ' ')}: {', '.join(v[:5])}" for k, v in wrong.items() if v))
     return from_transformers(model, name, **how)
 
-# %% ../nbs/01_encoders.ipynb #c052
+# %% ../nbs/01_encoders.ipynb #c058
 PINNED = {"facebookresearch/dinov2": "b8931f7bf91576930313be2c6d6af376033b35f0", "facebookresearch/dinov3": "6876159a11b4df116f30f667f8c9888617df0751",
           "facebookresearch/dino": "7c446df5b9f45747937fb0d72314eb9f7b66930a", "valeoai/Franca": "24f8c60ab24c465b861e46fc3f02c4238db37cf1"}
 _hub_licences = {"dinov2": "apache-2.0", "dinov3": "dinov3-license", "dino": "apache-2.0", "franca": "franca research-only rail"}
@@ -411,15 +422,19 @@ def _hub_spec(name):
         raise ValueError(f"{name!r}: expected a full commit or a version tag, 'hub:{repo}@COMMIT:{entry}', got {ref or 'none'}: a branch may hold other code tomorrow")
     return repo, ref, entry
 
-# %% ../nbs/01_encoders.ipynb #c053
+# %% ../nbs/01_encoders.ipynb #c059
 def _by_hub(name, checkpoint, pretrained, options, trust=False, **how):
     repo, ref, entry = _hub_spec(name)
     if not trust: raise PermissionError(f"{name!r} runs code of {repo}{f' at {ref}' if ref else ''} on this machine: read it, then pass trust=True")
     cached = ref and (Path(torch.hub.get_dir()) / f"{repo.replace('/', '_')}_{ref}").exists()
     if ref and not cached and not _reachable("https://github.com"): raise ConnectionError(f"{name!r} is not on this machine and github.com cannot be reached: clone it and give 'hub:/path/to/clone:{entry}'")
     where = dict(source="github", skip_validation=True) if ref else dict(source="local")  # a full commit cannot be moved
-    with _weights_only(): model = torch.hub.load(f"{repo}:{ref}" if ref else repo, entry, trust_repo=True, verbose=False, pretrained=pretrained and not checkpoint, **where, **options)
-    if checkpoint: load_strictly(model, _flat_blocks(find_encoder(read_checkpoint(checkpoint))), checkpoint)
+    try:
+        with _weights_only(): model = torch.hub.load(f"{repo}:{ref}" if ref else repo, entry, trust_repo=True, verbose=False, pretrained=pretrained and not checkpoint, **where, **options)
+    except ModuleNotFoundError as e: raise ImportError(f"the code of {repo} needs the package {e.name!r}, which is not installed") from e
+    if checkpoint:
+        anchor = [k for k in model.state_dict() if k.startswith("patch_embed.")][:1]
+        load_strictly(model, _flat_blocks(find_encoder(read_checkpoint(checkpoint), anchor)), checkpoint)
     return from_hub(model, entry, **how)
 
 class _weights_only:
@@ -430,18 +445,19 @@ class _weights_only:
 
 def _flat_blocks(state): return {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", k): v for k, v in state.items()}  # Franca's files hold blocks in chunks
 
-# %% ../nbs/01_encoders.ipynb #c054
+# %% ../nbs/01_encoders.ipynb #c060
 def from_hub(
     model,                # a ViT in the manner of DINO, DINOv2, DINOv3, Franca
     name=None,            # shown in tables
     resampling="official", **options,   # as in `from_timm`; the official code resamples by itself, so nothing else is taken
 ) -> ViTEncoder:
-    "Returns a ViT of the authors' own code as a `PatchEncoder`; mean and std are ImageNet's unless given."
+    "Returns a ViT of the authors' own code as a `PatchEncoder`; the four use ImageNet's mean and std, for others give them."
     if resampling not in ("official", "library"): raise ValueError(f"resampling={resampling!r}: the authors' code resamples by itself; load the weights through timm for another way")
-    licence = next((l for k, l in _hub_licences.items() if type(model).__module__.split(".")[0] == k or (name or "").startswith(k + "_")), "unknown")
-    return ViTEncoder(model, hub_parts, name=name or type(model).__name__, **dict(mean=_imagenet[0], std=_imagenet[1], licence=licence) | options)
+    licence = next((l for k, l in _hub_licences.items() if type(model).__module__.split(".")[0] == k or (name or "").startswith(k + "_")), None)
+    known = dict(mean=_imagenet[0], std=_imagenet[1], licence=licence) if licence else {}
+    return ViTEncoder(model, hub_parts, name=name or type(model).__name__, **known | options)
 
-# %% ../nbs/01_encoders.ipynb #c057
+# %% ../nbs/01_encoders.ipynb #c064
 def from_module(
     model,               # any `nn.Module`
     tokens,              # `tokens(model, images)` -> patch tokens [B, gh, gw, D], rows first
@@ -465,7 +481,7 @@ def _check_order(model, tokens, blank, patch_size):
     rows = blank.shape[-2] // patch_size
     if grid == (rows + 1, rows): raise ValueError("tokens has rows and columns swapped: it gave a tall grid for a wide image; expected [B, gh, gw, D]")
 
-# %% ../nbs/01_encoders.ipynb #c059
+# %% ../nbs/01_encoders.ipynb #c066
 _dtypes = dict(float32=torch.float32, bf16=torch.bfloat16, bfloat16=torch.bfloat16, fp16=torch.float16, float16=torch.float16)
 
 def load_encoder(
@@ -484,6 +500,7 @@ def load_encoder(
 ) -> PatchEncoder:
     "Returns a frozen `PatchEncoder` with all of its weights loaded, or raises and says what is missing."
     if isinstance(x, PatchEncoder): return x.to(device or x.device)
+    _check_request(x, checkpoint, layer, norm, resampling, tokens)
     if dtype not in _dtypes and dtype not in _dtypes.values(): raise ValueError(f"dtype={dtype!r}: expected one of {list(_dtypes)}")
     how = dict(dtype=_dtypes.get(dtype, dtype)) | {k: v for k, v in dict(mean=mean, std=std).items() if v is not None}
     if tokens is not None: encoder = from_module(x, tokens, **how, **options)
@@ -495,7 +512,15 @@ def load_encoder(
         else: encoder = _by_name(x.removeprefix("timm/"), checkpoint, pretrained, options, **how)
     return encoder.to(device or best_device())
 
-# %% ../nbs/01_encoders.ipynb #c060
+# %% ../nbs/01_encoders.ipynb #c068
+def _check_request(x, checkpoint, layer, norm, resampling, tokens):
+    if str(x).endswith((".pth", ".pt", ".ckpt", ".safetensors", ".bin")): raise ValueError(f"{x} is a file: say of which model it is, `load_encoder(NAME, checkpoint={str(x)!r})`")
+    if not isinstance(x, (str, nn.Module)): raise TypeError(f"x={x!r}: expected a name or a module")
+    if isinstance(x, nn.Module) and checkpoint: raise ValueError("a module has its weights already: load the file into it, `load_strictly(module, read_checkpoint(file))`, or give a name instead of the module")
+    if tokens is not None and isinstance(x, str): raise ValueError("tokens= is for a module of your own, not for a name")
+    if tokens is not None and (layer != -1 or not norm or resampling != "official"): raise ValueError("layer, norm and resampling are for ViTs; with tokens= your function decides")
+
+# %% ../nbs/01_encoders.ipynb #c069
 def _by_object(model, **how):
     "A module whose class says where its patch tokens are."
     if hasattr(model, "config") and hasattr(model.config, "model_type"): return from_transformers(model, **how)
@@ -507,14 +532,14 @@ def best_device() -> str:
     "Returns 'cuda', 'mps' or 'cpu': the first that this machine has."
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
-# %% ../nbs/01_encoders.ipynb #c074
+# %% ../nbs/01_encoders.ipynb #c083
 _transformers_ids = {  # the same weights as the timm model beside
     **{f"facebook/dinov2-{s}": f"vit_{s}_patch14_dinov2.lvd142m" for s in ("small", "base", "large", "giant")},
     **{f"facebook/dinov2-with-registers-{s}": f"vit_{s}_patch14_reg4_dinov2.lvd142m" for s in ("small", "base", "large", "giant")},
     **{f"facebook/dinov3-{k}16-pretrain-lvd1689m": f"vit_{s}_patch16_dinov3_qkvb.lvd1689m" for k, s in _sizes.items()},
     **{f"facebook/dino-vit{s[0]}{p}": f"vit_{s}_patch{p}_224.dino" for s in ("small", "base") for p in (16, 8)},
     "facebook/vit-mae-base": "vit_base_patch16_224.mae", "google/vit-base-patch16-224": "vit_base_patch16_224.augreg2_in21k_ft_in1k",
-    "openai/clip-vit-base-patch16": "vit_base_patch16_clip_224.openai", "google/siglip-base-patch16-224": "vit_base_patch16_siglip_224.webli"}
+    "openai/clip-vit-base-patch16": "vit_base_patch16_clip_quickgelu_224.openai", "google/siglip-base-patch16-224": "vit_base_patch16_siglip_224.webli"}
 _hub_entries = {
     **{f"hub:facebookresearch/dinov2:dinov2_{k}14{r}": ALIASES[f"dinov2_{k}{r}"] for k in ("vits", "vitb", "vitl", "vitg") for r in ("", "_reg")},
     **{f"hub:facebookresearch/dinov3:dinov3_{k}16": ALIASES[k] for k in _sizes},
@@ -529,7 +554,7 @@ def _facts(name):
     return dict(patch=parts.patch_size, dim=parts.embed_dim, prefix=parts.num_prefix_tokens, layers=len(parts.blocks), params=round(params / 1e6, 1),
                 licence=model.pretrained_cfg.get("license") or "unknown")
 
-# %% ../nbs/01_encoders.ipynb #c075
+# %% ../nbs/01_encoders.ipynb #c084
 def list_encoders(
     pattern:str="*",   # as of file names, "dino*"; it may begin anywhere in the name
 ) -> pd.DataFrame:
@@ -538,4 +563,4 @@ def list_encoders(
     sources = [("bundled", {"tiny": "tiny"}), ("timm", ALIASES), ("file", {k: k for k in FRANCA}), ("transformers", _transformers_ids), ("torch.hub", _hub_entries), ("timm", {n: n for n in timm_names})]
     found = [(source, name, base) for source, names in sources for name, base in names.items() if fnmatch(name, f"*{pattern}")]
     if not found: raise ValueError(f"no encoder fits {pattern!r}; expected a pattern such as 'dino*', or '*' for all")
-    return pd.DataFrame([dict(name=name, source=source, **_facts(base)) for source, name, base in tqdm(found, delay=2, leave=False)])
+    return pd.DataFrame([dict(name=name, source=source, **_facts(base)) for source, name, base in tqdm(found, desc="building", delay=5, leave=False)])

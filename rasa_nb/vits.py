@@ -89,9 +89,10 @@ def timm_parts(model) -> Parts:
     if not hasattr(model, "blocks") or not hasattr(model, "patch_embed"):
         raise TypeError(f"{type(model).__name__} is no ViT: no blocks or patch_embed. For any other module give tokens=")
     norms = [n for n in (getattr(model, "norm", None), getattr(model, "fc_norm", None)) if n is not None and not isinstance(n, nn.Identity)]
-    embed = model.patch_embed
+    patch = model.patch_embed.patch_size[0]
+    side = model.patch_embed.img_size[0] if model.patch_embed.img_size else model.pretrained_cfg.get("input_size", (3, 224, 224))[-1]
     return Parts(partial(_run_timm, model), model.blocks, norms[0] if norms else None, getattr(model, "num_prefix_tokens", 1), model.embed_dim,
-                 embed.patch_size[0], embed.img_size[0] if embed.img_size else model.pretrained_cfg.get("input_size", (3, 224, 224))[-1], _timm_position(model))
+                 patch, side // patch * patch, _timm_position(model))  # a SigLIP of patch 14 says 384 and sees 378
 
 def _timm_position(model):
     position, grid = getattr(model, "pos_embed", None), model.patch_embed.grid_size
@@ -102,7 +103,7 @@ def _timm_position(model):
 def _run_timm(model, images, resampling):
     size, native = tuple(images.shape[-2:]), model.patch_embed.img_size
     if not getattr(model, "dynamic_img_size", False) and getattr(model.patch_embed, "strict_img_size", True) and native and size != tuple(native):
-        raise ValueError(f"this model takes images of {native[0]} x {native[1]} only, got {size[0]} x {size[1]}: create it with dynamic_img_size=True or img_size={size}")
+        raise ValueError(f"this model takes images of {native[0]} x {native[1]} only, got {size[0]} x {size[1]}: create it with img_size={size}, or with dynamic_img_size=True where its class knows that")
     position = _timm_position(model)
     if resampling is None or position is None or size == tuple(native): return model.forward_features(images)
     def correct(module, args, x): return x + (resample(position, x.shape[1:3], resampling) - resample(position, x.shape[1:3], "antialias"))
