@@ -48,7 +48,7 @@ class PositionR2:
     def to_dict(self): return asdict(self) | dict(mean=self.mean)
     def _repr_html_(self):
         kind = "augmented" if self.augmented else "upright"
-        return self.table.style.format("{:.3f}").set_caption(f"Position R² (ridge, held out), {self.images} {kind} images").to_html()
+        return f"<p>Position R² (ridge probe, held out), {self.images} {kind} images</p>" + self.table.to_html(border=0, float_format="%.3f")
 
 # %% ../nbs/02b_bias.ipynb #c012
 def position_r2(

@@ -6,10 +6,10 @@
 __all__ = ['TEXTURES', 'VOC_CLASSES', 'import_torchvision', 'SegmentationData', 'First', 'stripes', 'waves', 'checks', 'dots',
            'mesh', 'bricks', 'zigzag', 'rings', 'clouds', 'camouflage', 'speckle', 'bark', 'Scenes', 'VOCSegmentation',
            'read_image', 'read_mask', 'ImageFolder', 'ImageMaskFolder', 'Evaluation', 'RandomQuarterTurn',
-           'augmentation', 'Transformed', 'batches']
+           'augmentation', 'Transformed', 'progress_bar', 'batches']
 
 # %% ../nbs/00_data.ipynb #c003
-import shutil, socket, tempfile, warnings
+import shutil, socket, sys, tempfile, warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -41,7 +41,7 @@ import torchvision
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 # %% ../nbs/00_data.ipynb #c009
 class SegmentationData(Dataset):
@@ -152,7 +152,7 @@ class Scenes(SegmentationData):
 
     def __init__(self,
         split:str="train",   # "train", "val" or "test": disjoint by construction
-        n:int=None,          # number of images; None: 2,000 for train, 500 for the others
+        n:int=None,          # number of images; None: 1,000 for train, 500 for the others
         seed:int=0,          # another seed is another dataset
         size:int=96,         # height and width in pixels
         tie:float=.8,        # share of regions whose texture follows their place, 0 (no layout) to 1
@@ -160,7 +160,7 @@ class Scenes(SegmentationData):
         if split not in self.splits: raise ValueError(f"split={split!r}: expected one of {list(self.splits)}")
         if not 0 <= tie <= 1: raise ValueError(f"tie={tie}: expected a share between 0 and 1")
         if size < 16: raise ValueError(f"size={size}: expected at least 16 pixels, room for one period of a texture")
-        n = (2000 if split == "train" else 500) if n is None else n
+        n = (1000 if split == "train" else 500) if n is None else n
         if n < 1: raise ValueError(f"n={n}: expected at least one image")
         self.split, self.n, self.seed, self.size, self.tie = split, n, seed, size, tie
         self.name = f"scenes-{split}"
@@ -380,7 +380,16 @@ class Transformed(SegmentationData):
             torch.manual_seed(int(np.random.SeedSequence((self.seed, i)).generate_state(1)[0]))
             return self.transform(image, mask)
 
-# %% ../nbs/00_data.ipynb #c053
+# %% ../nbs/00_data.ipynb #c054
+def progress_bar(
+    total:int,
+    desc:str=None,         # its name; None shows nothing
+    unit:str=" images",
+):
+    "Returns a text progress bar to call `update(n)` on, as a context manager."
+    return tqdm(total=total, desc=desc, unit=unit, disable=desc is None, delay=2, file=sys.stdout, ncols=90, mininterval=.5 if sys.stdout.isatty() else 5)
+
+# %% ../nbs/00_data.ipynb #c055
 def batches(
     data,                  # a dataset whose images all have one size, e.g. a `Transformed`
     batch_size:int=32,
@@ -389,7 +398,7 @@ def batches(
 ):
     "Yields `(images [B, 3, H, W], masks [B, h, w] or None)` in order, whole dataset, last batch smaller."
     loader = DataLoader(data, batch_size, num_workers=num_workers, collate_fn=_collate)
-    with tqdm(total=len(data), desc=desc, unit=" images", disable=desc is None, mininterval=.5, delay=2) as bar:
+    with progress_bar(len(data), desc) as bar:
         for images, masks in loader:
             yield images, masks
             bar.update(len(images))

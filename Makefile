@@ -1,0 +1,35 @@
+# `make run` and `make test` each set everything up first, on a machine that has only Python 3.10+, make and git.
+PY    ?= python3
+MODEL ?= tiny
+VENV  := .venv
+BIN   := $(VENV)/bin
+RUNS  := runs
+export NO_MKDOCS_2_WARNING = 1
+
+.PHONY: run test prepare docs lab
+$(VENV)/.stamp: settings.ini setup.py
+	$(PY) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+run: $(VENV)/.stamp            ## the main job: encoder -> position removed -> scores, figure and files in runs/
+	mkdir -p $(RUNS)
+	$(BIN)/papermill nbs/03_train.ipynb $(RUNS)/03_train.$(MODEL).ipynb -p model $(MODEL) --no-progress-bar --log-output
+
+# One thread per worker: two workers with two threads each would fight for two cores.
+test: export OMP_NUM_THREADS = 1
+test: $(VENV)/.stamp           ## notebooks as tests, module in step with notebooks, notebooks clean, pytest
+	$(BIN)/nbdev_test --n_workers 2 --timing
+	$(BIN)/python scripts/check_sync.py
+	$(BIN)/python -m pytest -q tests --durations=5
+
+prepare: $(VENV)/.stamp        ## before a commit: export the module, test, clean
+	$(BIN)/nbdev_export
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
+	$(BIN)/nbdev_clean
+
+docs: $(VENV)/.stamp           ## the site in _site/, and README.md
+	$(BIN)/python scripts/build_docs.py
+
+lab: $(VENV)/.stamp            ## JupyterLab on the index
+	$(BIN)/jupyter lab nbs/index.ipynb

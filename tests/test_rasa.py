@@ -1,0 +1,209 @@
+"""What must hold for any tokens: moments add up, position goes, the rest stays, heads come back as they were saved."""
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from rasa_nb.bias import position_r2, ridge_r2
+from rasa_nb.data import Scenes
+from rasa_nb.encoders import PatchEncoder
+from rasa_nb.rasa import (DebiasedEncoder, Moments, PositionMean, RASA, RASAHead, cross_covariance_basis, encode_together,
+                          orthonormal_targets, position_evidence, position_targets)
+
+grids = st.tuples(st.integers(1, 7), st.integers(1, 7)).filter(lambda g: g[0] * g[1] > 1)
+kinds = st.sampled_from(["coords", "fourier", "grid"])
+SETTINGS = settings(max_examples=30, deadline=None)
+
+
+def tokens_of(grid, d, n=60, seed=0):
+    "Correlated tokens with position in them, in float64 [n, gh, gw, d]."
+    g = torch.Generator().manual_seed(seed)
+    z = torch.randn(n, *grid, d, generator=g).double() @ torch.randn(d, d, generator=g).double()
+    t = position_targets(grid, "fourier")
+    return z + 3 * t @ torch.randn(t.shape[-1], d, generator=g).double()
+
+
+def moments_of(z): return Moments(z.shape[1:3], z.shape[3]).update(z)
+
+
+@SETTINGS
+@given(grid=grids, d=st.integers(1, 9), cuts=st.lists(st.integers(0, 60), max_size=4), seed=st.integers(0, 99))
+def test_moments_agree_in_any_order(grid, d, cuts, seed):
+    z = tokens_of(grid, d, seed=seed)
+    whole, order = moments_of(z), torch.randperm(60, generator=torch.Generator().manual_seed(seed))
+    parts = [Moments(grid, d).update(p) for p in z[order].tensor_split(sorted(cuts))]
+    merged = sum(parts[1:], parts[0])
+    assert merged.count == 60
+    for a, b in ((merged.cov, whole.cov), (merged.cell_mean, whole.cell_mean), (merged.mean, whole.mean)): assert torch.allclose(a, b, atol=1e-9)
+
+
+@SETTINGS
+@given(grid=grids, d=st.integers(2, 9), targets=kinds, seed=st.integers(0, 99))
+def test_no_linear_predictor_is_left(grid, d, targets, seed):
+    m = moments_of(tokens_of(grid, d, seed=seed)); t = position_targets(grid, targets)
+    basis = cross_covariance_basis(m, t)
+    kept = torch.linalg.qr(torch.cat([basis, torch.eye(d)], 1).double())[0][:, basis.shape[1]:]   # the rest of the space
+    cov, cross = kept.T @ m.cov @ kept, kept.T @ m.cross(t)
+    explained = (cross * (torch.linalg.pinv(cov, rtol=1e-9) @ cross)).sum(0)
+    variance = t.flatten(0, 1).var(0, correction=0)
+    assert (explained <= 1e-10 * variance.clamp_min(1e-12)).all()
+
+
+@SETTINGS
+@given(grid=grids, d=st.integers(2, 9), targets=kinds)
+def test_projector_is_a_projector(grid, d, targets):
+    rasa = RASA(targets=targets, rank="all").fit_moments(moments_of(tokens_of(grid, d)))
+    p, b = rasa.projector_, rasa.basis_
+    assert torch.allclose(p, p.T, atol=1e-6) and torch.allclose(p @ p, p, atol=1e-6)
+    assert int(torch.linalg.matrix_rank(p, atol=1e-4)) == d - b.shape[1] and torch.allclose(b.T @ b, torch.eye(b.shape[1]).double(), atol=1e-9)
+    z = torch.randn(2, *grid, d)
+    assert torch.allclose(rasa.transform(rasa.transform(z)), rasa.transform(z), atol=1e-5)
+
+
+@SETTINGS
+@given(grid=grids, seed=st.integers(0, 99))
+def test_after_the_position_mean_no_function_of_the_cell_is_left(grid, seed):
+    z = tokens_of(grid, 6, seed=seed)
+    left = moments_of(PositionMean().fit_moments(moments_of(z)).transform(z.float()))
+    assert left.cross(position_targets(grid, "grid")).abs().max() < 1e-5
+    assert torch.allclose(left.mean, moments_of(z).mean, atol=1e-4)   # the overall mean stays
+
+
+def test_basis_is_the_column_space_of_the_cross_covariance_of_numpy():
+    z, t = tokens_of((4, 5), 8), position_targets((4, 5))
+    both = np.cov(z.flatten(0, 2).T, t.expand(60, -1, -1, -1).flatten(0, 2).T)[:8, 8:]
+    q, _ = np.linalg.qr(both)
+    ours = cross_covariance_basis(moments_of(z), t).numpy()
+    assert np.allclose(ours @ ours.T, q @ q.T, atol=1e-8)
+
+
+def test_content_orthogonal_to_position_survives():
+    g = torch.Generator().manual_seed(3); u = torch.linalg.qr(torch.randn(12, 2, generator=g))[0]
+    content = torch.randn(80, 5, 6, 12, generator=g); content -= content @ u @ u.T
+    t = position_targets((5, 6)).float(); t = t - t.mean((0, 1))
+    content -= content.mean(0)                      # no accident of the sample ties content to cells
+    rasa = RASA().fit_moments(moments_of(content + 4 * t @ u.T))
+    assert (rasa.transform(content + 4 * t @ u.T) - content).abs().max() < 1e-5
+
+
+def test_one_row_grid_has_a_column_only():
+    z = torch.randn(50, 1, 8, 6) + torch.linspace(0, 4, 8).view(8, 1)
+    assert RASA(rank="all").fit_moments(moments_of(z)).basis_.shape == (6, 1) == RASA().fit_moments(moments_of(z)).basis_.shape
+    r2 = ridge_r2(moments_of(z[:25]), moments_of(z[25:]), position_targets((1, 8)))
+    assert math.isnan(r2[0]) and r2[1] > .5
+
+
+def test_global_basis_removes_all_it_learned_and_pairwise_writes_back():
+    z = tokens_of((6, 6), 40, n=80).float() / 10
+    bases = {b: RASA("sgd", basis=b, epochs=1, batch_size=40).fit_tokens(z) for b in ("global", "pairwise")}
+    gone = {k: int((torch.linalg.svdvals(r.projector_) < 1e-3).sum()) for k, r in bases.items()}
+    assert gone["global"] == 18 and gone["pairwise"] < 18
+    for name, back in (("global", False), ("pairwise", True)):   # is there anything along the first head's directions in what comes out?
+        assert ((bases[name].basis_[:, :2].T @ bases[name].projector_).norm() > .05) == back
+
+
+def test_sgd_is_repeatable_and_remembers_nothing():
+    z = tokens_of((4, 4), 12).float() / 10
+    rasa = RASA("sgd", n_iter=2, epochs=1)
+    first = rasa.fit_tokens(z).projector_.clone()
+    rasa.fit_tokens(torch.randn(20, 4, 4, 12))
+    assert torch.equal(rasa.fit_tokens(z).projector_, first) and len(rasa.history_) == 2
+
+
+def test_presets(tiny):
+    assert (RASA.released().lr, RASA.released().basis, RASA.released().n_iter) == (2e-4, "pairwise", 9)
+    assert (RASA.paper().lr, RASA.paper().basis) == (2e-3, "pairwise") and RASA.released(n_iter=3).n_iter == 3
+
+
+def test_attached_encoder_is_the_head_after_the_encoder(tiny):
+    images = torch.rand(2, 3, 64, 96)
+    for remover in (RASA().fit(tiny, Scenes(n=30)), PositionMean().fit(tiny, Scenes(n=30))):
+        debiased = remover.attach(tiny)
+        assert torch.equal(debiased(images), remover.transform(tiny(images))) and debiased(images).shape == (2, 8, 12, 192)
+        twice = debiased(images), next(encode_together({"a": debiased, "b": tiny}, [(i, None) for i in images], 2))[0]
+        assert torch.equal(twice[1]["a"], twice[0]) and torch.equal(twice[1]["b"], tiny(images))
+
+
+def test_shared_forward_runs_once(tiny):
+    calls = []
+    counting = PatchEncoder(torch.nn.AvgPool2d(8), lambda m, x: (calls.append(1), m(x).permute(0, 2, 3, 1))[1], 3, 8)
+    head = RASAHead(torch.eye(3))
+    encoders = {"a": counting, "b": DebiasedEncoder(counting, head), "c": DebiasedEncoder(DebiasedEncoder(counting, head), head)}
+    list(encode_together(encoders, [(torch.rand(3, 16, 16), None)] * 4, 2))
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("offset", [None, torch.randn(3, 4, 5)])
+def test_heads_come_back_as_saved(tmp_path, offset):
+    head = RASAHead(torch.randn(5, 5), offset, dict(method="RASA", note="ä"))
+    head.save(tmp_path / "h.safetensors"); again = RASAHead.load(tmp_path / "h.safetensors")
+    z = torch.randn(2, 6, 7, 5)
+    assert torch.equal(again(z), head(z)) and again.metadata == head.metadata and len(list(tmp_path.iterdir())) == 1
+
+
+def test_bad_heads(tmp_path, tiny, deit_file):
+    RASAHead(torch.eye(5)).save(tmp_path / "h.safetensors")
+    whole = (tmp_path / "h.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[:-20])
+    for call, match in [(lambda: RASAHead.load(tmp_path / "cut.safetensors"), "is it whole"),
+                        (lambda: RASAHead.load(deit_file), "is no saved head"),
+                        (lambda: RASA.load(tmp_path / "h.safetensors"), "holds None, not RASA"),
+                        (lambda: DebiasedEncoder(tiny, RASAHead(torch.eye(5))), "head is for D=5, tiny has D=192"),
+                        (lambda: RASAHead(torch.eye(5))(torch.zeros(1, 2, 2, 6)), "D=6, this head was fitted for D=5"),
+                        (lambda: RASAHead(torch.zeros(5, 4)), "expected .D, D."), (lambda: RASAHead(torch.eye(5), torch.zeros(2, 2, 4)), "expected .gh, gw, 5.")]:
+        with pytest.raises(ValueError, match=match): call()
+
+
+def test_bad_input():
+    z = tokens_of((4, 4), 6).float()
+    bad = z.clone(); bad[17, 0, 0, 0] = math.inf
+    for call, match in [(lambda: moments_of(bad), "image 17 are not finite"),
+                        (lambda: RASA().fit_moments(moments_of(torch.ones(50, 4, 4, 6))), "constant"),
+                        (lambda: RASA().fit_moments(moments_of(z[:1])), "1 images are too few"),
+                        (lambda: RASA().fit_moments(Moments((4, 4), 6)), "0 images are too few"),
+                        (lambda: RASA("sgd", n_iter=4).fit_tokens(z), "n_iter=4: expected 1 to 3"),
+                        (lambda: RASA("sgd").fit_moments(moments_of(z)), "use fit"),
+                        (lambda: RASA(basis="all").fit_moments(moments_of(z)), "basis='all'"),
+                        (lambda: RASA(targets="polar").fit_moments(moments_of(z)), "'polar'"),
+                        (lambda: RASA(targets=lambda g: torch.zeros(2, 2)).fit_moments(moments_of(z)), "expected .4, 4, T."),
+                        (lambda: moments_of(z) + Moments((2, 8), 6), "do not add up"),
+                        (lambda: Moments((2, 8), 6).update(z), "do not fit")]:
+        with pytest.raises(ValueError, match=match): call()
+
+
+@pytest.mark.parametrize("share", [0., .2, .8])
+def test_probe_returns_the_planted_share(share):
+    "One dimension = sqrt(share) * row + sqrt(1 - share) * noise, both of unit variance: R² of the row is the share."
+    class Planted(torch.nn.Module):
+        def forward(self, x):
+            row = position_targets((12, 12))[..., :1].float(); row = (row - row.mean()) / row.std(correction=0)
+            return share**.5 * row + (1 - share)**.5 * torch.randn(len(x), 12, 12, 1)
+    encoder = PatchEncoder(Planted(), lambda m, x: m(x), 1, 8, image_size=96)
+    assert abs(position_r2(encoder, Scenes("val", 150)).row["encoder"] - share) < .02
+
+
+def smooth_tokens(seed, n=160, grid=(8, 8), d=32, share=0., rank=2):
+    "Tokens that are alike in neighbouring patches, as real ones are, with `rank` planted directions of position."
+    g = torch.Generator().manual_seed(seed)
+    z = torch.nn.functional.interpolate(torch.randn(n, d, 4, 4, generator=g), grid, mode="bilinear").permute(0, 2, 3, 1)
+    z = z @ torch.randn(d, d, generator=g)
+    t = orthonormal_targets(position_targets(grid, "fourier"))[..., :rank].float()
+    return z + share * t @ torch.randn(rank, d, generator=g)
+
+
+def test_rank_is_zero_where_nothing_leaks_and_the_planted_one_where_it_does():
+    "In 100 draws each, for two and for seven targets: at most 5 wrong."
+    for targets, planted in (("coords", 2), ("fourier", 3)):
+        t, found = position_targets((8, 8), targets), {0: [], planted: []}
+        for rank in found:
+            for seed in range(100): found[rank].append(position_evidence(moments_of(smooth_tokens(seed, share=.6 * (rank > 0), rank=planted)), t).rank)
+        for rank, ranks in found.items(): assert sum(r != rank for r in ranks) <= 5, (targets, rank, ranks)
+
+
+def test_rank_by_evidence_number_or_all():
+    z = smooth_tokens(0, share=.6)
+    assert [RASA(targets="fourier", rank=r).fit_moments(moments_of(z)).basis_.shape[1] for r in ("evidence", "all", 1, 0)] == [2, 7, 1, 0]
+    with pytest.raises(ValueError, match="rank='most'"): RASA(rank="most").fit_moments(moments_of(z))
+    with pytest.raises(ValueError, match="6 images are too few to tell position from chance"): RASA().fit_moments(moments_of(z[:6]))
