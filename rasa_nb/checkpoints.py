@@ -32,7 +32,7 @@ def read_checkpoint(path) -> dict:
         raise ValueError(f"{path} cannot be read as weights, is it whole? ({(str(e) or type(e).__name__).splitlines()[0]})") from e
     return _weights(state, path)
 
-# %% ../nbs/00b_checkpoints.ipynb #c007
+# %% ../nbs/00b_checkpoints.ipynb #c008
 def _weights(state, path):
     "The dict of tensors inside nested training checkpoints."
     while isinstance(state, dict):
@@ -44,7 +44,7 @@ def _weights(state, path):
     if bad: raise ValueError(f"{path} holds entries that are no tensors: {bad[:5]}; expected a state dict, or one under 'teacher', 'state_dict' or 'model'")
     return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
 
-# %% ../nbs/00b_checkpoints.ipynb #c010
+# %% ../nbs/00b_checkpoints.ipynb #c012
 _patch_keys = ("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight", "embeddings.patch_embeddings.weight",
                "embeddings.patch_embedding.weight")
 
@@ -59,7 +59,7 @@ def find_encoder(
     if len(chosen) > 1: raise ValueError(f"{len(chosen)} ViTs in this state dict, under {', '.join(map(repr, chosen))}: save the one you mean")
     return {k.removeprefix(chosen[0]): v for k, v in state.items() if k.startswith(chosen[0])}
 
-# %% ../nbs/00b_checkpoints.ipynb #c013
+# %% ../nbs/00b_checkpoints.ipynb #c016
 def _rename(state, rules):
     "Apply each `pattern -> replacement` to every key, in order."
     for pattern, new in rules: state = {re.sub(pattern, new, k): v for k, v in state.items()}
@@ -74,7 +74,7 @@ def _dinov2(state):
     state = _rename(state, [(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."), (r"^register_tokens$", "reg_token"), (r"mlp\.w12\.", "mlp.fc1."), (r"mlp\.w3\.", "mlp.fc2.")])
     return _class_position(state) if "reg_token" in state else state
 
-# %% ../nbs/00b_checkpoints.ipynb #c015
+# %% ../nbs/00b_checkpoints.ipynb #c018
 def _dinov3(state):
     state = _rename(state, [(r"^storage_tokens$", "reg_token"), (r"\.ls([12])\.gamma$", r".gamma_\1"), (r"mlp\.w1\.", "mlp.fc1_g."),
                             (r"mlp\.w2\.", "mlp.fc1_x."), (r"mlp\.w3\.", "mlp.fc2.")])
@@ -94,7 +94,7 @@ def _check_periods(periods):
     expected = 100 ** (torch.arange(len(periods)) / len(periods))
     if not torch.allclose(periods, expected, rtol=.01): raise ValueError(f"rotary periods {periods[:3].tolist()}... are not DINOv3's {expected[:3].tolist()}...: another position code")
 
-# %% ../nbs/00b_checkpoints.ipynb #c017
+# %% ../nbs/00b_checkpoints.ipynb #c020
 _hf_names = [
     (r"^(?:encoder\.|model\.)?layers?\.(\d+)\.", r"blocks.\1."),
     (r"^embeddings\.(?:cls_token|class_embedding)$", "cls_token"), (r"^embeddings\.register_tokens$", "reg_token"), (r"^embeddings\.mask_token$", "mask_token"),
@@ -116,7 +116,7 @@ def _transformers(state):
     state = _join_qkv(state)
     return _class_position(state) if {"reg_token", "pos_embed"} <= set(state) else state
 
-# %% ../nbs/00b_checkpoints.ipynb #c018
+# %% ../nbs/00b_checkpoints.ipynb #c022
 def _join_qkv(state):
     "Three attention matrices to one; biases likewise, or as timm's `q_bias` and `v_bias` where keys have none."
     state = dict(state)
@@ -128,7 +128,7 @@ def _join_qkv(state):
         else: state |= {f"{attn}{i}_bias": b for i, b in biases.items()}
     return state
 
-# %% ../nbs/00b_checkpoints.ipynb #c020
+# %% ../nbs/00b_checkpoints.ipynb #c024
 def to_timm(state:dict) -> dict:
     "Returns the ViT in a state dict of any supported format under timm's names."
     state = find_encoder(state)
@@ -137,7 +137,7 @@ def to_timm(state:dict) -> dict:
     if "mask_token" in state and any(".ls1.gamma" in k for k in state): return _dinov2(state)
     return state
 
-# %% ../nbs/00b_checkpoints.ipynb #c023
+# %% ../nbs/00b_checkpoints.ipynb #c028
 NOT_FOR_PATCHES = ("head.", "head_dist.", "attn_pool.", "pooler.", "decoder_", "mask_token", "masked_embed", "local_cls_norm.", "embeddings.position_ids")
 
 def load_strictly(
@@ -156,7 +156,7 @@ def load_strictly(
     if bad: raise ValueError(f"{source}: weights that are not finite in {', '.join(bad[:5])}")
     model.load_state_dict(state | beside, strict=False)
 
-# %% ../nbs/00b_checkpoints.ipynb #c024
+# %% ../nbs/00b_checkpoints.ipynb #c030
 def _refusal(source, total, missing, unexpected, shapes):
     matched = total - len(missing) - len(shapes)
     show = lambda title, keys: f"\n  {len(keys)} {title}: {', '.join(keys[:5])}" if keys else ""

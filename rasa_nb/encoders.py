@@ -43,7 +43,7 @@ def from_timm(
 
 def _way(resampling, label): return official_resampling(label) if resampling == "official" else None if resampling == "library" else resampling
 
-# %% ../nbs/01_encoders.ipynb #c011
+# %% ../nbs/01_encoders.ipynb #c012
 _sizes = dict(vits="small", vitb="base", vitl="large")
 _dinov3 = {**_sizes, "vitsplus": "small_plus", "vithplus": "huge_plus"}
 ALIASES = {**{k: f"vit_{v}_patch16_dinov3_qkvb.lvd1689m" for k, v in _sizes.items()},
@@ -63,7 +63,7 @@ def _timm_name(name):
 
 VIT_MODULES = ("vision_transformer", "deit", "eva", "beit")  # timm's families of plain ViTs
 
-# %% ../nbs/01_encoders.ipynb #c013
+# %% ../nbs/01_encoders.ipynb #c014
 FRANCA = {"franca_vitb14": (768, 12, 12, 2048), "franca_vitl14": (1024, 24, 16, 2736), "franca_vitg14": (1536, 40, 24, 4096)}  # D, blocks, heads, width of the MLP
 
 def _franca(name, img_size=518):
@@ -73,7 +73,7 @@ def _franca(name, img_size=518):
     model.pretrained_cfg = dict(architecture=name, mean=timm.data.IMAGENET_DEFAULT_MEAN, std=timm.data.IMAGENET_DEFAULT_STD, license="franca research-only rail")
     return model
 
-# %% ../nbs/01_encoders.ipynb #c014
+# %% ../nbs/01_encoders.ipynb #c016
 def _create(name, **kwargs):
     "A timm ViT without classifier; where the family allows it, for any input size."
     if name in FRANCA: return _franca(name, **kwargs)
@@ -82,14 +82,14 @@ def _create(name, **kwargs):
         if "dynamic_img_size" not in str(e): raise
         return timm.create_model(name, num_classes=0, **kwargs)
 
-# %% ../nbs/01_encoders.ipynb #c016
+# %% ../nbs/01_encoders.ipynb #c018
 def check_name(name:str):
     "Returns the name if `load_encoder` knows what to do with it; otherwise raises, naming the nearest."
     if name.startswith("hub:"): _hub_spec(name)
     elif name not in ("tiny", *FRANCA) and ("/" not in name or name.startswith("timm/")): _timm_name(name.removeprefix("timm/"))
     return name
 
-# %% ../nbs/01_encoders.ipynb #c019
+# %% ../nbs/01_encoders.ipynb #c022
 def _from_file(name, checkpoint, **kwargs):
     "A timm ViT with the weights of a file, for the image size that the file's position embedding is for."
     state, model = to_timm(read_checkpoint(checkpoint)), _create(name, **kwargs)
@@ -100,7 +100,7 @@ def _from_file(name, checkpoint, **kwargs):
     load_strictly(model, state, checkpoint)
     return model
 
-# %% ../nbs/01_encoders.ipynb #c021
+# %% ../nbs/01_encoders.ipynb #c024
 def _hub_cached(repo):
     files = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
     return any(isinstance(try_to_load_from_cache(repo, f), str) for f in files)
@@ -124,7 +124,7 @@ def _pretrained(name, label, **kwargs):
     _need_hub(cfg.hf_hub_id, label, cfg.license)
     return _create(name, pretrained=True, **kwargs)
 
-# %% ../nbs/01_encoders.ipynb #c023
+# %% ../nbs/01_encoders.ipynb #c026
 TINY_SHA256 = "4da21c625607b96abc938b452de7f0006c3f9f5de242f0949b9746bed78da06e"
 _tiny_file = Path(__file__).parent / "weights" / "tiny.safetensors" if "__file__" in globals() else Path("../rasa_nb/weights/tiny.safetensors")
 
@@ -140,7 +140,7 @@ def _load_tiny():
     model = tiny_vit(); load_strictly(model, read_checkpoint(_tiny_file), _tiny_file)
     return model
 
-# %% ../nbs/01_encoders.ipynb #c025
+# %% ../nbs/01_encoders.ipynb #c028
 def _by_name(name, checkpoint, pretrained, options, **how):
     "`tiny`, an alias, Franca or a ViT of timm."
     if name == "tiny": model = tiny_vit() if checkpoint or not pretrained else _load_tiny()
@@ -153,7 +153,7 @@ def _by_name(name, checkpoint, pretrained, options, **how):
     if checkpoint and name == "tiny": load_strictly(model, to_timm(read_checkpoint(checkpoint)), checkpoint)
     return from_timm(model, name, **how)
 
-# %% ../nbs/01_encoders.ipynb #c027
+# %% ../nbs/01_encoders.ipynb #c030
 _imagenet, _clip, _half = [(timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD), (timm.data.OPENAI_CLIP_MEAN, timm.data.OPENAI_CLIP_STD), ((.5, .5, .5), (.5, .5, .5))]
 
 def _image_stats(kind, name):
@@ -169,7 +169,7 @@ def _image_stats(kind, name):
 _licences = {"facebook/dinov2": "apache-2.0", "facebook/dinov3": "dinov3-license", "facebook/dino-": "apache-2.0", "facebook/vit-mae": "cc-by-nc-4.0",
              "facebook/deit": "apache-2.0", "openai/clip": "mit", "google/": "apache-2.0"}
 
-# %% ../nbs/01_encoders.ipynb #c028
+# %% ../nbs/01_encoders.ipynb #c032
 def from_transformers(
     model,                      # `Dinov2Model`, `Dinov2WithRegistersModel`, `DINOv3ViTModel`, `ViTModel`, `ViTMAEModel`, `CLIPVisionModel`, `SiglipVisionModel`, `CLIPModel`, `SiglipModel`
     name=None,                  # shown in tables; None: the id it was loaded from
@@ -183,7 +183,7 @@ def from_transformers(
     return ViTEncoder(model, transformers_parts, resampling=_way(resampling, f"{kind}/{origin}"), name=name or origin or type(model).__name__,
                       **dict(mean=mean, std=std, licence=licence) | options)
 
-# %% ../nbs/01_encoders.ipynb #c030
+# %% ../nbs/01_encoders.ipynb #c034
 _heads = ("pooler.", "classifier.", "decoder.", "lm_head.", "head.", "embeddings.mask_token", "text_model.", "logit_", "visual_projection.", "text_projection.")
 
 def _by_id(name, checkpoint, pretrained, options, **how):
@@ -199,7 +199,7 @@ def _by_id(name, checkpoint, pretrained, options, **how):
         raise ValueError(f"{name} does not fit {type(model).__name__}: " + "; ".join(f"{len(v)} {k.replace('_', ' ')}: {', '.join(v[:5])}" for k, v in wrong.items() if v))
     return from_transformers(model, name, **how)
 
-# %% ../nbs/01_encoders.ipynb #c032
+# %% ../nbs/01_encoders.ipynb #c036
 PINNED = {"facebookresearch/dinov2": "b8931f7bf91576930313be2c6d6af376033b35f0", "facebookresearch/dinov3": "6876159a11b4df116f30f667f8c9888617df0751",
           "facebookresearch/dino": "7c446df5b9f45747937fb0d72314eb9f7b66930a", "valeoai/Franca": "24f8c60ab24c465b861e46fc3f02c4238db37cf1"}
 _hub_licences = {"dinov2": "apache-2.0", "dinov3": "dinov3-license", "dino": "apache-2.0", "franca": "franca research-only rail"}
@@ -215,7 +215,7 @@ def _hub_spec(name):
         raise ValueError(f"{name!r}: expected a full commit or a version tag, 'hub:{repo}@COMMIT:{entry}', got {ref or 'none'}: a branch may hold other code tomorrow")
     return repo, ref, entry
 
-# %% ../nbs/01_encoders.ipynb #c033
+# %% ../nbs/01_encoders.ipynb #c038
 def _by_hub(name, checkpoint, pretrained, options, trust=False, **how):
     repo, ref, entry = _hub_spec(name)
     if not trust: raise PermissionError(f"{name!r} runs code of {repo}{f' at {ref}' if ref else ''} on this machine: read it, then pass trust=True")
@@ -238,7 +238,7 @@ class _weights_only:
 
 def _flat_blocks(state): return {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", k): v for k, v in state.items()}  # Franca's files hold blocks in chunks
 
-# %% ../nbs/01_encoders.ipynb #c034
+# %% ../nbs/01_encoders.ipynb #c040
 def from_hub(
     model,                # a ViT in the manner of DINO, DINOv2, DINOv3, Franca
     name=None,            # shown in tables
@@ -250,7 +250,7 @@ def from_hub(
     known = dict(mean=_imagenet[0], std=_imagenet[1], licence=licence) if licence else {}
     return ViTEncoder(model, hub_parts, name=name or type(model).__name__, **known | options)
 
-# %% ../nbs/01_encoders.ipynb #c038
+# %% ../nbs/01_encoders.ipynb #c044
 def from_module(
     model,               # any `nn.Module`
     tokens,              # `tokens(model, images)` -> patch tokens [B, gh, gw, D], rows first
@@ -274,7 +274,7 @@ def _check_order(model, tokens, blank, patch_size):
     rows = blank.shape[-2] // patch_size
     if grid == (rows + 1, rows): raise ValueError("tokens has rows and columns swapped: it gave a tall grid for a wide image; expected [B, gh, gw, D]")
 
-# %% ../nbs/01_encoders.ipynb #c040
+# %% ../nbs/01_encoders.ipynb #c046
 _dtypes = dict(float32=torch.float32, bf16=torch.bfloat16, bfloat16=torch.bfloat16, fp16=torch.float16, float16=torch.float16)
 
 def load_encoder(
@@ -305,7 +305,7 @@ def load_encoder(
         else: encoder = _by_name(x.removeprefix("timm/"), checkpoint, pretrained, options, **how)
     return encoder.to(device or best_device())
 
-# %% ../nbs/01_encoders.ipynb #c042
+# %% ../nbs/01_encoders.ipynb #c048
 def _check_request(x, checkpoint, layer, norm, resampling, tokens):
     if str(x).endswith((".pth", ".pt", ".ckpt", ".safetensors", ".bin")): raise ValueError(f"{x} is a file: say of which model it is, `load_encoder(NAME, checkpoint={str(x)!r})`")
     if not isinstance(x, (str, nn.Module)): raise TypeError(f"x={x!r}: expected a name or a module")
@@ -313,7 +313,7 @@ def _check_request(x, checkpoint, layer, norm, resampling, tokens):
     if tokens is not None and isinstance(x, str): raise ValueError("tokens= is for a module of your own, not for a name")
     if tokens is not None and (layer != -1 or not norm or resampling != "official"): raise ValueError("layer, norm and resampling are for ViTs; with tokens= your function decides")
 
-# %% ../nbs/01_encoders.ipynb #c043
+# %% ../nbs/01_encoders.ipynb #c050
 def _by_object(model, **how):
     "A module whose class says where its patch tokens are."
     if hasattr(model, "config") and hasattr(model.config, "model_type"): return from_transformers(model, **how)
@@ -325,7 +325,7 @@ def best_device() -> str:
     "Returns 'cuda', 'mps' or 'cpu': the first that this machine has."
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
-# %% ../nbs/01_encoders.ipynb #c057
+# %% ../nbs/01_encoders.ipynb #c065
 _transformers_ids = {  # the same weights as the timm model beside
     **{f"facebook/dinov2-{s}": f"vit_{s}_patch14_dinov2.lvd142m" for s in ("small", "base", "large", "giant")},
     **{f"facebook/dinov2-with-registers-{s}": f"vit_{s}_patch14_reg4_dinov2.lvd142m" for s in ("small", "base", "large", "giant")},
@@ -347,7 +347,7 @@ def _facts(name):
     return dict(patch=parts.patch_size, dim=parts.embed_dim, prefix=parts.num_prefix_tokens, layers=len(parts.blocks), params=round(params / 1e6, 1),
                 licence=model.pretrained_cfg.get("license") or "unknown")
 
-# %% ../nbs/01_encoders.ipynb #c058
+# %% ../nbs/01_encoders.ipynb #c067
 def list_encoders(
     pattern:str="*",   # as of file names, "dino*"; it may begin anywhere in the name
 ) -> pd.DataFrame:

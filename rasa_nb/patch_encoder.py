@@ -73,7 +73,7 @@ def _check_images(self, images):
         self._warned = True
         warnings.warn(f"images range from {low:.2f} to {high:.2f}, expected [0, 1]; the encoder normalises by itself. Normalised twice?", stacklevel=4)
 
-# %% ../nbs/00d_patch_encoder.ipynb #c013
+# %% ../nbs/00d_patch_encoder.ipynb #c014
 def check_image_size(
     size,            # (height, width) or one number, pixels
     patch_size:int,
@@ -87,7 +87,7 @@ def check_image_size(
                              "Resize, crop or pad with `encoder.fit_size(how)`")
     return height // patch_size, width // patch_size
 
-# %% ../nbs/00d_patch_encoder.ipynb #c014
+# %% ../nbs/00d_patch_encoder.ipynb #c016
 @torch.no_grad()
 def _forward(self:PatchEncoder, images):
     _check_images(self, images)
@@ -103,7 +103,7 @@ def _forward(self:PatchEncoder, images):
 PatchEncoder.forward = _forward
 PatchEncoder._patch_tokens = lambda self, images: self.tokens(self.model, images)
 
-# %% ../nbs/00d_patch_encoder.ipynb #c019
+# %% ../nbs/00d_patch_encoder.ipynb #c022
 class ViTEncoder(PatchEncoder):
     "A `PatchEncoder` whose tokens leave a chosen block, or several, of a ViT."
     def __init__(self,
@@ -132,7 +132,7 @@ class ViTEncoder(PatchEncoder):
         return block_tokens(self.parts(self.model), images, _layer_numbers(layers, self.num_layers), norm, self.resampling)
     def _patch_tokens(self, images): return torch.cat(self.blocks(images, self.layers, self.norm), -1)
 
-# %% ../nbs/00d_patch_encoder.ipynb #c020
+# %% ../nbs/00d_patch_encoder.ipynb #c024
 def _layer_numbers(layer, num_layers):
     "Block numbers counted from 0."
     layers = [layer] if isinstance(layer, int) else list(layer)
@@ -140,7 +140,7 @@ def _layer_numbers(layer, num_layers):
     if bad or not layers: raise ValueError(f"layer={layer}: expected block numbers between {-num_layers} and {num_layers - 1}")
     return [i % num_layers for i in layers]
 
-# %% ../nbs/00d_patch_encoder.ipynb #c022
+# %% ../nbs/00d_patch_encoder.ipynb #c026
 def _at(self:ViTEncoder,
     layer=-1,          # as in `ViTEncoder`
     norm:bool=True,
@@ -152,7 +152,7 @@ def _at(self:ViTEncoder,
 
 ViTEncoder.at = _at
 
-# %% ../nbs/00d_patch_encoder.ipynb #c028
+# %% ../nbs/00d_patch_encoder.ipynb #c032
 @dataclass(frozen=True)
 class FitSize:
     "A transform to whole patches: image [..., 3, H, W], or image and mask, to the nearest size that a patch size divides."
@@ -182,7 +182,7 @@ def _at_least(side, patch_size):
 
 PatchEncoder.fit_size = lambda self, how: FitSize(how, self.patch_size)
 
-# %% ../nbs/00d_patch_encoder.ipynb #c032
+# %% ../nbs/00d_patch_encoder.ipynb #c036
 def _encode(self:PatchEncoder,
     data,                 # a dataset; raw ones are resized to `image_size`, a `Transformed` is taken as it is
     batch_size:int=32,
@@ -196,7 +196,7 @@ def _transformed(encoder, data): return data if isinstance(data, Transformed) el
 
 PatchEncoder.encode = _encode
 
-# %% ../nbs/00d_patch_encoder.ipynb #c034
+# %% ../nbs/00d_patch_encoder.ipynb #c038
 def _encode_to(self:PatchEncoder,
     path,                 # file to write, `.npy`
     data, batch_size:int=32, num_workers:int=0, desc:str=None,  # as in `encode`
@@ -218,7 +218,7 @@ def _encode_to(self:PatchEncoder,
 
 PatchEncoder.encode_to = _encode_to
 
-# %% ../nbs/00d_patch_encoder.ipynb #c035
+# %% ../nbs/00d_patch_encoder.ipynb #c040
 def _note(path, about):
     "Write the note in one move, after the tokens it speaks of."
     half = Path(f"{path}.json.part"); half.write_text(json.dumps(about)); os.replace(half, f"{path}.json")

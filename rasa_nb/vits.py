@@ -49,14 +49,14 @@ def block_tokens(
     finally: [h.remove() for h in hooks]
     return [_to_grid(parts.norm(seen[i]) if norm else seen[i], grid, parts.num_prefix_tokens) for i in layers]
 
-# %% ../nbs/00c_vits.ipynb #c009
+# %% ../nbs/00c_vits.ipynb #c010
 def _to_grid(tokens, grid, num_prefix_tokens):
     expected = num_prefix_tokens + grid[0] * grid[1]
     if tokens.ndim != 3 or tokens.shape[1] != expected:
         raise ValueError(f"blocks return {tuple(tokens.shape)}, expected [B, {expected}, D]: {num_prefix_tokens} prefix tokens and {grid[0]} x {grid[1]} patches")
     return tokens[:, num_prefix_tokens:].unflatten(1, grid)
 
-# %% ../nbs/00c_vits.ipynb #c011
+# %% ../nbs/00c_vits.ipynb #c012
 def resample(
     position,   # learned position embedding [g, g, D]
     grid,       # (gh, gw) wanted
@@ -72,7 +72,7 @@ def resample(
     if way not in ways: raise ValueError(f"resampling={way!r}: expected one of {list(ways)}")
     return F.interpolate(position.float().permute(2, 0, 1)[None], **ways[way])[0].permute(1, 2, 0).to(position.dtype)
 
-# %% ../nbs/00c_vits.ipynb #c012
+# %% ../nbs/00c_vits.ipynb #c014
 OFFICIAL_RESAMPLING = {  # first pattern that fits "architecture.tag" of timm or "model_type/id" of transformers
     "*reg4_dinov2*": "antialias", "dinov2_with_registers/*": "antialias", "*franca*": "offset", "*dinov2*": "offset", "*.dino": "offset", "vit/*dino*": "offset",
     "*.mae": "bicubic", "vit_mae/*": "bicubic", "deit*": "bicubic", "vit/*deit*": "bicubic", "*siglip*": "corners", "*.augreg*": "corners", "vit/*": "corners"}
@@ -83,7 +83,7 @@ def official_resampling(
     "Returns how the model's official code resamples position embeddings, None where that is not known or there is no such code."
     return next((way for pattern, way in OFFICIAL_RESAMPLING.items() if fnmatch(name, pattern)), None)
 
-# %% ../nbs/00c_vits.ipynb #c018
+# %% ../nbs/00c_vits.ipynb #c021
 def timm_parts(model) -> Parts:
     "Returns the parts of a ViT of timm."
     if not hasattr(model, "blocks") or not hasattr(model, "patch_embed"):
@@ -99,7 +99,7 @@ def _timm_position(model):
     if position is None or grid is None or position.ndim != 3: return None
     return position[0, position.shape[1] - grid[0] * grid[1]:].unflatten(0, grid)
 
-# %% ../nbs/00c_vits.ipynb #c019
+# %% ../nbs/00c_vits.ipynb #c023
 def _run_timm(model, images, resampling):
     size, native = tuple(images.shape[-2:]), model.patch_embed.img_size
     if not getattr(model, "dynamic_img_size", False) and getattr(model.patch_embed, "strict_img_size", True) and native and size != tuple(native):
@@ -111,7 +111,7 @@ def _run_timm(model, images, resampling):
     try: return model.forward_features(images)
     finally: hook.remove()
 
-# %% ../nbs/00c_vits.ipynb #c026
+# %% ../nbs/00c_vits.ipynb #c031
 _any_size = {"vit": False, "vit_mae": False, "clip_vision_model": False, "siglip_vision_model": False, "dinov2": True, "dinov2_with_registers": True, "dinov3_vit": True}
 
 def transformers_parts(model) -> Parts:
@@ -132,7 +132,7 @@ def _transformers_position(embeddings):
     side = isqrt(position.shape[1])  # one class token at most, so the root of N + 1 is that of N
     return position[0, position.shape[1] - side**2:].unflatten(0, (side, side))
 
-# %% ../nbs/00c_vits.ipynb #c027
+# %% ../nbs/00c_vits.ipynb #c033
 def _run_transformers(model, images, resampling):
     kind, embeddings = model.config.model_type, getattr(model, "vision_model", model).embeddings
     options = {} if _any_size[kind] else dict(interpolate_pos_encoding=True)
@@ -149,7 +149,7 @@ def _all_patches(config):
     finally:
         if ratio is not None: config.mask_ratio = ratio
 
-# %% ../nbs/00c_vits.ipynb #c028
+# %% ../nbs/00c_vits.ipynb #c035
 @contextmanager
 def _position_by(embeddings, patch_size, resampling):
     "Let the embedding module of transformers resample in the given way."
@@ -163,7 +163,7 @@ def _position_by(embeddings, patch_size, resampling):
     try: yield
     finally: del embeddings.interpolate_pos_encoding
 
-# %% ../nbs/00c_vits.ipynb #c034
+# %% ../nbs/00c_vits.ipynb #c041
 def hub_parts(model) -> Parts:
     "Returns the parts of a ViT in the manner of DINO, DINOv2, DINOv3 and Franca."
     missing = [n for n in ("blocks", "norm", "patch_embed") if not hasattr(model, n)]

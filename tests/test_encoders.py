@@ -270,6 +270,15 @@ def test_franca_file(tmp_path, monkeypatch):
     assert encoder.resampling == "offset" and encoder.image_size == 56
 
 
+def test_published_deit_weights_give_timms_tokens(deit_file):
+    encoder, own = load_encoder("deit_tiny_patch16_224", checkpoint=deit_file, device="cpu"), timm.create_model("deit_tiny_patch16_224", num_classes=0, dynamic_img_size=True).eval()
+    own.load_state_dict({k: v for k, v in read_checkpoint(deit_file).items() if not k.startswith("head.")})
+    images = torch.rand(1, 3, 224, 224)
+    with torch.no_grad(): theirs = own.forward_features(normalised(encoder, images))[:, 1:]
+    close(encoder(images).flatten(1, 2), theirs, 1e-5)
+    assert encoder.resampling == "bicubic" and encoder(torch.rand(1, 3, 160, 320)).shape == (1, 10, 20, 192)
+
+
 # The same weights through transformers and through timm
 
 ROUTES = {"Dinov2": ("dinov2_vits", dict(patch_size=14, image_size=70)), "Dinov2WithRegisters": ("dinov2_vits_reg", dict(patch_size=14, image_size=70)),
