@@ -147,7 +147,7 @@ class UpsampledMoments(Moments):
         size,            # (height, width), pixels
     ):
         q, r = zip(*(torch.linalg.qr(interpolation_matrix(n, g)) for n, g in zip(size, grid_size)))
-        super().__init__((len(r[0]), len(r[1])), embed_dim)
+        super().__init__((len(r[0]), len(r[1])), embed_dim, n_groups=1)
         self.r, self.pixels = r, math.prod(size)
         self.weights = torch.outer(q[0].sum(0), q[1].sum(0))
 
@@ -159,12 +159,7 @@ class UpsampledMoments(Moments):
 
     def update(self, patch_tokens):  # [B, gh, gw, D]
         "Adds a batch of tokens and returns self; tokens that are not finite are refused, naming the image."
-        finite = patch_tokens.isfinite().flatten(1).all(1)
-        if not finite.all(): raise ValueError(f"tokens of image {self.count + int((~finite).nonzero()[0])} are not finite")
-        z = self.compress(patch_tokens); flat = z.flatten(0, 2).numpy()
-        self.count += len(z); self.cell_sum += z.sum(0)
-        self.second += torch.from_numpy(flat.T @ flat)   # numpy makes one half of a symmetric product, torch both
-        return self
+        return super().update(self.compress(patch_tokens))
 
     @property
     def mean(self): return torch.einsum("ij,ijd->d", self.weights, self.cell_mean) / self.pixels
@@ -182,10 +177,11 @@ def moments_after(
     device = head.projector.device
     shift = head(torch.zeros(1, *grid_size, moments.embed_dim, device=device)).cpu().double()
     if isinstance(moments, UpsampledMoments): shift = moments.compress(shift)
-    p, n, shift, old = head.projector.cpu().double(), moments.count, shift.flatten(0, 2), moments.cell_sum.flatten(0, 1) @ head.projector.cpu().double().T
-    cross = old.T @ shift
-    after.cell_sum = (old + n * shift).view_as(moments.cell_sum)
-    after.second = p @ moments.second @ p.T + cross + cross.T + n * shift.T @ shift
+    p = head.projector.cpu().double()
+    old, shift = moments.cell_sums @ p.T, shift[0]
+    after.cell_sums = old + moments.counts.view(-1, 1, 1, 1) * shift
+    cross, shift = old.sum(0).flatten(0, 1).T @ shift.flatten(0, 1), shift.flatten(0, 1)
+    after.second = p @ moments.second @ p.T + cross + cross.T + moments.count * shift.T @ shift
     return after
 
 # %% ../nbs/02c_overcluster.ipynb #c038

@@ -1,5 +1,5 @@
 """Overclustering against plain implementations that share no code with it: loops over pixels, really upsampled tokens, faiss."""
-import importlib.util, itertools, math, os
+import importlib, importlib.util, itertools, math
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +19,6 @@ from rasa_nb.rasa import DebiasedEncoder, Moments, RASAHead
 root = Path(__file__).resolve().parent.parent
 spec = importlib.util.spec_from_file_location("benchmark_overcluster", root / "benchmarks" / "overcluster.py")
 benchmark = importlib.util.module_from_spec(spec); spec.loader.exec_module(benchmark)
-voc, weights = root / "../shared/data", root / "../shared/weights/deit_tiny_patch16_224_fp16.safetensors"
-if not voc.exists(): voc, weights = (Path(os.environ.get("RASA_NB_SHARED", "shared")) / p for p in ("data", "weights/deit_tiny_patch16_224_fp16.safetensors"))
 
 
 # Scoring, by loops over pixels and classes
@@ -148,10 +146,9 @@ def scene_tokens():
 
 
 @pytest.fixture(scope="module")
-def voc_tokens():
-    if not (voc.exists() and weights.exists()): pytest.skip("real tokens need VOC and DeiT-Tiny weights: set RASA_NB_SHARED to the folder that holds data/ and weights/")
-    encoder = load_encoder("deit_tiny_patch16_224", checkpoint=weights, device="cpu")
-    data = VOCSegmentation(voc, "val")
+def voc_tokens(voc_root, deit_file):
+    encoder = load_encoder("deit_tiny_patch16_224", checkpoint=deit_file, device="cpu")
+    data = VOCSegmentation(voc_root, "val")
     parts = list(encoder.encode(Transformed(data.first(60), Evaluation(224, 100))))
     return torch.cat([z for z, _ in parts]), torch.cat([m for _, m in parts]), data.classes
 
@@ -272,7 +269,7 @@ def test_non_square_input():
 
 
 def test_an_interrupted_call_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    import rasa_nb.overcluster as module
+    module = importlib.import_module("rasa_nb.overcluster")   # the name `rasa_nb.overcluster` is the function
     encoder, data, done = counting_encoder(), Scenes("val", 10), []
     real = module.cluster_run
     def stops(*args, **kwargs):

@@ -13,7 +13,7 @@ from papermill.exceptions import PapermillExecutionError
 from rasa_nb import encoders
 
 notebook = Path(__file__).parent.parent / "nbs" / "01a_tiny.ipynb"
-smallest = dict(steps=6, batch_size=4, n_train=24, n_eval=16, eval_every=100)
+smallest = dict(steps=4, batch_size=4, n_train=24, n_eval=16, eval_every=100, kmeans_seeds=0)
 
 
 def recipe(tmp_path, folder, **parameters):
@@ -54,7 +54,7 @@ def test_it_is_no_random_network(tiny):
 
 
 def test_twenty_steps_of_the_recipe(tmp_path):
-    nb = recipe(tmp_path, "run", steps=20)
+    nb = recipe(tmp_path, "run", steps=20, eval_every=20)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["steps"] == 20 and record["params"]["objective"] == "gradients" and record["curve"][-1]["step"] == 20
     assert {p.name for p in (tmp_path / "run").iterdir()} == {"checkpoint.pt", "run.json", "tiny.safetensors"}
@@ -65,13 +65,12 @@ def test_twenty_steps_of_the_recipe(tmp_path):
 
 def test_an_interrupted_run_ends_with_the_same_weights(tmp_path):
     recipe(tmp_path, "whole", **smallest)
-    recipe(tmp_path, "parts", stop_after=3, **smallest)
+    recipe(tmp_path, "parts", stop_after=2, **smallest)
     assert not (tmp_path / "parts" / "tiny.safetensors").exists()
     recipe(tmp_path, "parts", **smallest)
     assert digest(tmp_path / "whole" / "tiny.safetensors") == digest(tmp_path / "parts" / "tiny.safetensors")
 
 
-@pytest.mark.parametrize("wrong, message", [(dict(stepz=5), "no parameter 'stepz'; nearest: steps"), (dict(objective="magic"), "objective='magic' makes no sense"), (dict(lr="fast"), "lr='fast' makes no sense")])
-def test_nonsense_is_refused_before_anything_is_computed(tmp_path, wrong, message):
-    with pytest.raises(PapermillExecutionError, match=message): recipe(tmp_path, "run", **wrong)
+def test_a_misspelt_parameter_is_refused_before_anything_is_computed(tmp_path):
+    with pytest.raises(PapermillExecutionError, match="no parameter 'stepz'; nearest: steps"): recipe(tmp_path, "run", stepz=5)
     assert not (tmp_path / "run").exists()
