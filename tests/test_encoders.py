@@ -332,6 +332,7 @@ class ViT(nn.Module):
         for b in self.blocks: x = b(x)
         return self.norm(x)
 def dinov2_toy(pretrained=True): return ViT()
+def dinov2_pickle(pretrained=True, path=None): torch.load(path, weights_only=False); return ViT()
 '''
 
 def test_hub_clone(tmp_path):
@@ -344,6 +345,14 @@ def test_hub_clone(tmp_path):
     close(load_encoder(name, checkpoint=tmp_path / "w.pth", trust=True, device="cpu")(images), encoder(images), 1e-6)
     torch.save({k: v for k, v in encoder.model.state_dict().items() if "blocks.1" not in k}, tmp_path / "w.pth")
     with pytest.raises(ValueError, match="2 missing: blocks.1.weight"): load_encoder(name, checkpoint=tmp_path / "w.pth", trust=True)
+
+
+def test_code_from_the_hub_cannot_open_pickles_with_code(tmp_path):
+    import os
+    (tmp_path / "hubconf.py").write_text(HUBCONF); torch.save(Code(), tmp_path / "w.pth")
+    before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+    with pytest.raises(Exception, match="(?i)weights.only"): load_encoder(f"hub:{tmp_path}:dinov2_pickle", trust=True, path=tmp_path / "w.pth")
+    assert os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD") == before and "code_ran" not in __import__("sys").modules
 
 
 # Datasets, sizes, precision
@@ -408,7 +417,6 @@ def test_truncated_file(tmp_path, ending):
     with pytest.raises(ValueError, match="is it whole"): load_encoder("vit_tiny_patch16_224", checkpoint=path)
 
 class Code:
-    ran = False
     def __reduce__(self): return exec, ("import sys; sys.modules['code_ran'] = 1",)
 
 def test_pickle_with_code_is_refused(tmp_path):
