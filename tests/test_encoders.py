@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from rasa_nb.data import Evaluation, Scenes, Transformed
-from rasa_nb.checkpoints import load_strictly, read_checkpoint, to_timm
+from rasa_nb.checkpoints import read_checkpoint, to_timm
 from rasa_nb.encoders import ALIASES, FitSize, PatchEncoder, _create, from_timm, list_encoders, load_encoder
 from rasa_nb.vits import resample
 
