@@ -315,7 +315,7 @@ class RASA(PositionRemover):
     "Project out the directions of token space that tell position."
     def __init__(self,
         solver:str="closed_form",  # "closed_form" (one pass), or "sgd" (the published heads, trained on tokens encoded once)
-        targets="coords",          # see `position_targets`
+        targets="auto",            # see `position_targets`; "auto": "fourier" in closed form, "coords", as published, for sgd
         rank="evidence",           # closed_form: directions to remove; "evidence" as many as `position_evidence` finds, "all" that the targets span, or a number
         level:float=.01,           # closed_form: chance of removing a direction where nothing leaks
         n_iter:int=9,              # sgd: heads, one after the other
@@ -330,6 +330,9 @@ class RASA(PositionRemover):
         self.solver, self.targets, self.rank, self.level = solver, targets, rank, level
         self.n_iter, self.basis, self.lr, self.epochs, self.batch_size = n_iter, basis, lr, epochs, batch_size
         self.tol, self.augment_every_epoch, self.random_state = tol, augment_every_epoch, random_state
+
+    @property
+    def _which_targets(self): return self.targets if self.targets != "auto" else "coords" if self.solver == "sgd" else "fourier"
 
     @classmethod
     def released(cls, **kwargs):
@@ -353,7 +356,7 @@ def _check_rasa(self, embed_dim):
 def _solve_rasa(self, moments):
     if self.solver == "sgd": raise ValueError("solver='sgd' learns from tokens, not moments: use fit(encoder, data) or fit_tokens(tokens)")
     _check_rasa(self, moments.embed_dim)
-    targets, rank = position_targets(moments.grid_size, self.targets), None if self.rank == "all" else self.rank
+    targets, rank = position_targets(moments.grid_size, self._which_targets), None if self.rank == "all" else self.rank
     if self.rank == "evidence":
         self.evidence_ = position_evidence(moments, targets, self.level, self.random_state)
         rank = self.evidence_.rank
@@ -489,7 +492,7 @@ def _fit_source(self, batches_of, grid, embed_dim, n, source):
     self._embed_dim = embed_dim
     _check_rasa(self, embed_dim)
     steps = self.epochs * math.ceil(n / self.batch_size)
-    return self._set_head(self._train(batches_of, position_targets(grid, self.targets), steps), None, source)
+    return self._set_head(self._train(batches_of, position_targets(grid, self._which_targets), steps), None, source)
 
 RASA.fit_tokens, RASA._fit_source = _fit_tokens, _fit_source
 
