@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['position_targets', 'Moments', 'RASAHead', 'DebiasedEncoder', 'encode_together', 'PositionRemover', 'PositionMean',
-           'RASA', 'cross_covariance_basis']
+           'RASA', 'orthonormal_targets', 'cross_covariance_basis', 'Evidence', 'position_evidence']
 
 # %% ../nbs/02_rasa.ipynb #c003
 import copy, inspect, json, math, os
+from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -47,38 +49,47 @@ def _check_targets(t, grid_size):
 
 # %% ../nbs/02_rasa.ipynb #c013
 class Moments:
-    "Streaming float64 sums of patch tokens: images, sum per grid cell [gh, gw, D], second moment [D, D]."
+    "Streaming float64 sums of patch tokens: images per group, token sum per group and cell [groups, gh, gw, D], second moment [D, D]."
     def __init__(self,
-        grid_size,       # (gh, gw)
-        embed_dim:int,   # D
+        grid_size,           # (gh, gw)
+        embed_dim:int,       # D
+        n_groups:int=16,     # groups of images whose sums per cell are kept apart
     ):
-        self.count, self.cell_sum = 0, torch.zeros(*grid_size, embed_dim, dtype=torch.float64)
+        self.counts = torch.zeros(n_groups, dtype=torch.float64)
+        self.cell_sums = torch.zeros(n_groups, *grid_size, embed_dim, dtype=torch.float64)
         self.second = torch.zeros(embed_dim, embed_dim, dtype=torch.float64)
 
     @property
-    def grid_size(self): return tuple(self.cell_sum.shape[:2])
+    def count(self): return int(self.counts.sum())
     @property
-    def embed_dim(self): return self.cell_sum.shape[-1]
+    def grid_size(self): return tuple(self.cell_sums.shape[1:3])
+    @property
+    def embed_dim(self): return self.cell_sums.shape[-1]
     def __repr__(self): return f"Moments({self.count} images, grid {self.grid_size}, D={self.embed_dim})"
 
-    def update(self, patch_tokens):  # [B, gh, gw, D]
+    def update(self,
+        patch_tokens,     # [B, gh, gw, D]
+        indices=None,     # [B], which images these are; None: the next ones
+    ):
         "Adds a batch of tokens and returns self; tokens that are not finite are refused, naming the image."
-        if patch_tokens.shape[1:] != self.cell_sum.shape:
+        if patch_tokens.shape[1:] != self.cell_sums.shape[1:]:
             raise ValueError(f"tokens {tuple(patch_tokens.shape[1:])} do not fit moments of grid {self.grid_size} and D={self.embed_dim}")
-        finite = patch_tokens.isfinite().flatten(1).all(1)
-        if not finite.all(): raise ValueError(f"tokens of image {self.count + int((~finite).nonzero()[0])} are not finite")
-        z = patch_tokens.detach().cpu().double(); flat = z.flatten(0, 2)
-        self.count += len(z); self.cell_sum += z.sum(0); self.second += flat.T @ flat
+        indices = torch.arange(len(patch_tokens)) + self.count if indices is None else torch.as_tensor(indices)
+        finite = patch_tokens.isfinite().flatten(1).all(1).cpu()
+        if not finite.all(): raise ValueError(f"tokens of image {int(indices[~finite][0])} are not finite")
+        z, group = patch_tokens.detach().cpu().double(), indices % len(self.counts)
+        self.counts.index_add_(0, group, torch.ones(len(z), dtype=torch.float64)); self.cell_sums.index_add_(0, group, z)
+        self.second += z.flatten(0, 2).T @ z.flatten(0, 2)
         return self
 
     def __add__(self, other):
-        if self.cell_sum.shape != other.cell_sum.shape: raise ValueError(f"{self} and {other} do not add up: another grid or dimension")
-        both = Moments(self.grid_size, self.embed_dim)
-        both.count, both.cell_sum, both.second = self.count + other.count, self.cell_sum + other.cell_sum, self.second + other.second
+        if self.cell_sums.shape != other.cell_sums.shape: raise ValueError(f"{self} and {other} do not add up: another grid, dimension or number of groups")
+        both = copy.copy(self)
+        for name in ("counts", "cell_sums", "second"): setattr(both, name, getattr(self, name) + getattr(other, name))
         return both
 
 # %% ../nbs/02_rasa.ipynb #c015
-def _moments_cell_mean(self): return self.cell_sum / max(self.count, 1)
+def _moments_cell_mean(self): return self.cell_sums.sum(0) / max(self.count, 1)
 def _moments_mean(self): return self.cell_mean.mean((0, 1))
 def _moments_cov(self): return self.second / (self.count * math.prod(self.grid_size)) - torch.outer(self.mean, self.mean)
 
@@ -92,6 +103,14 @@ def _moments_cross(self:Moments, targets):
     return self.cell_mean.flatten(0, 1).T @ (t - t.mean(0)) / len(t)
 
 Moments.cross = _moments_cross
+
+def _moments_group_cross(self:Moments, targets):
+    "The same for each group of images by itself (groups without images left out): returns [groups, D, T]."
+    t, some = targets.flatten(0, 1), self.counts > 0
+    means = (self.cell_sums[some] / self.counts[some].view(-1, 1, 1, 1)).flatten(1, 2)
+    return means.transpose(1, 2) @ (t - t.mean(0)) / len(t)
+
+Moments.group_cross = _moments_group_cross
 
 # %% ../nbs/02_rasa.ipynb #c019
 class RASAHead(nn.Module):
@@ -226,6 +245,8 @@ class RASA(PositionRemover):
     def __init__(self,
         solver:str="closed_form",  # "closed_form" (one pass), or "sgd" (the published heads, trained on tokens encoded once)
         targets="coords",          # see `position_targets`
+        rank="evidence",           # closed_form: directions to remove; "evidence" as many as `position_evidence` finds, "all" that the targets span, or a number
+        level:float=.01,           # closed_form: chance of removing a direction where nothing leaks
         n_iter:int=9,              # sgd: heads, one after the other
         basis:str="global",        # sgd: "global" (one orthonormal basis) or "pairwise" (as released: later heads re-add what earlier ones removed)
         lr:float=2e-3,             # sgd: learning rate of AdamW, cosine to 0
@@ -233,8 +254,8 @@ class RASA(PositionRemover):
         batch_size:int=128,        # sgd: images per step
         random_state:int=0,        # of augmentation, initial weights and order
     ):
-        self.solver, self.targets, self.n_iter, self.basis = solver, targets, n_iter, basis
-        self.lr, self.epochs, self.batch_size, self.random_state = lr, epochs, batch_size, random_state
+        self.solver, self.targets, self.rank, self.level = solver, targets, rank, level
+        self.n_iter, self.basis, self.lr, self.epochs, self.batch_size, self.random_state = n_iter, basis, lr, epochs, batch_size, random_state
 
     @classmethod
     def released(cls, **kwargs):
@@ -258,35 +279,84 @@ class RASA(PositionRemover):
 def _check_rasa(self, moments):
     for name, allowed in dict(solver=("closed_form", "sgd"), basis=("global", "pairwise")).items():
         if getattr(self, name) not in allowed: raise ValueError(f"{name}={getattr(self, name)!r}: expected {' or '.join(map(repr, allowed))}")
+    if self.rank not in ("evidence", "all") and not (isinstance(self.rank, int) and 0 <= self.rank <= moments.embed_dim):
+        raise ValueError(f"rank={self.rank!r}: expected 'evidence', 'all' or a number from 0 to {moments.embed_dim}")
     if self.n_iter < 1 or (self.solver == "sgd" and 2 * self.n_iter > moments.embed_dim):
         raise ValueError(f"n_iter={self.n_iter}: expected 1 to {moments.embed_dim // 2}, since each head takes 2 of the {moments.embed_dim} dimensions")
 
 def _solve_rasa(self, moments):
     _check_rasa(self, moments)
     targets = position_targets(moments.grid_size, self.targets)
-    if self.solver == "closed_form":
-        self.basis_ = cross_covariance_basis(moments, targets)
-        return _complement(self.basis_), None
-    return self._train(moments, targets), None
+    if self.solver == "sgd": return self._train(moments, targets), None
+    rank = None if self.rank == "all" else self.rank
+    if self.rank == "evidence":
+        self.evidence_ = position_evidence(moments, targets, self.level, self.random_state)
+        rank = self.evidence_.rank
+    self.basis_ = cross_covariance_basis(moments, targets)[:, :rank]
+    return _complement(self.basis_), None
 
 RASA._solve = _solve_rasa
 
 # %% ../nbs/02_rasa.ipynb #c035
 def _complement(basis): return torch.eye(len(basis), dtype=basis.dtype) - basis @ basis.T
 
+def orthonormal_targets(targets):  # [gh, gw, T]
+    "Returns targets that span the same functions of position, centred and of unit covariance over the grid: [gh, gw, r]."
+    t = targets.flatten(0, 1); t = t - t.mean(0)
+    u, s, _ = torch.linalg.svd(t, full_matrices=False)
+    return (u[:, s > 1e-9 * max(1., float(s.max()))] * len(t)**.5).view(*targets.shape[:2], -1)
+
 def cross_covariance_basis(
     moments,     # `Moments`
     targets,     # [gh, gw, T]
     tol=1e-9,    # directions below this share of the tokens' standard deviation are rounding
 ):
-    "Returns an orthonormal basis [D, r] of the directions whose covariance with the targets is not zero."
-    t = targets.flatten(0, 1); t = t - t.mean(0)
-    u, s, _ = torch.linalg.svd(t, full_matrices=False)
-    orthonormal = (u[:, s > 1e-9 * max(1., float(s.max()))] * len(t)**.5).view(*targets.shape[:2], -1)
-    directions, strength, _ = torch.linalg.svd(moments.cross(orthonormal), full_matrices=False)
+    "Returns an orthonormal basis [D, r] of the directions whose covariance with the targets is not zero, strongest first."
+    directions, strength, _ = torch.linalg.svd(moments.cross(orthonormal_targets(targets)), full_matrices=False)
     return directions[:, strength > tol * moments.cov.diagonal().sum().sqrt()]
 
-# %% ../nbs/02_rasa.ipynb #c041
+# %% ../nbs/02_rasa.ipynb #c037
+@dataclass(frozen=True)
+class Evidence:
+    "For each direction tested: its strength, the strength chance reaches, and the share of chance draws that reach it."
+    strength: tuple     # standard deviation of tokens that position explains along the direction
+    chance: tuple       # the same after random sign flips, the (1 - level) quantile
+    p: tuple
+    level: float
+
+    @property
+    def rank(self): return sum(p <= self.level for p in self.p)
+    @property
+    def table(self): return pd.DataFrame(dict(strength=self.strength, chance=self.chance, p=self.p), index=pd.RangeIndex(1, len(self.p) + 1, name="direction"))
+    def _repr_html_(self): return f"<p>{self.rank} directions beyond chance at level {self.level}</p>" + self.table.to_html(border=0, float_format="%.3g")
+
+# %% ../nbs/02_rasa.ipynb #c038
+def position_evidence(
+    moments,             # `Moments`; at least 8 of its groups must hold images
+    targets,             # [gh, gw, T]
+    level:float=.01,     # chance of finding a direction where there is none
+    random_state:int=0,  # of the sign flips
+) -> Evidence:
+    "Returns how many directions tell position beyond chance, tested one after the other until one fails."
+    crosses = moments.group_cross(orthonormal_targets(targets))
+    if len(crosses) < 8: raise ValueError(f"{moments.count} images are too few to tell position from chance: at least 8 are needed, some hundred are good")
+    flips = math.ceil(2 / level) - 1
+    signs = torch.randint(2, (flips, len(crosses)), generator=torch.Generator().manual_seed(random_state)).double() * 2 - 1
+    crosses, rows = crosses / len(crosses), []
+    while len(rows) < min(crosses.shape[1:]):
+        u, s, v = torch.linalg.svd(crosses.sum(0), full_matrices=False)
+        chance = _strongest(torch.einsum("fg,gdt->fdt", signs, crosses))
+        rows.append((float(s[0]), float(chance.quantile(1 - level)), (1 + int((chance >= s[0]).sum())) / (1 + flips)))
+        if rows[-1][2] > level or s[0] <= 1e-12 * moments.cov.diagonal().sum().sqrt(): break
+        crosses = crosses - u[:, :1] @ (u[:, :1].T @ crosses); crosses = crosses - (crosses @ v[:1].T) @ v[:1]
+    return Evidence(*zip(*rows), level)
+
+def _strongest(matrices):
+    "Largest singular value of each [F, D, T], by the smaller of its two Gram matrices."
+    if matrices.shape[1] < matrices.shape[2]: matrices = matrices.transpose(1, 2)
+    return torch.linalg.eigvalsh(matrices.transpose(1, 2) @ matrices)[:, -1].clamp_min(0).sqrt()
+
+# %% ../nbs/02_rasa.ipynb #c047
 def _see_tokens(self, moments, tokens):
     if self.solver == "sgd": vars(self).setdefault("_cache", []).append(tokens.cpu())
 
@@ -303,7 +373,7 @@ def _fit_tokens(self, patch_tokens):
 
 RASA._see, RASA.fit_moments, RASA.fit_tokens = _see_tokens, _fit_moments, _fit_tokens
 
-# %% ../nbs/02_rasa.ipynb #c042
+# %% ../nbs/02_rasa.ipynb #c048
 def _train_head(z, y, lr, epochs, batch_size, generator):
     "Trains one linear head with a sigmoid by AdamW: tokens z [n, N, D], targets y [N, T] in [0, 1]. Returns weights [T, D] and losses."
     weight = nn.init.kaiming_uniform_(torch.empty(y.shape[-1], z.shape[-1]), a=5**.5, generator=generator).requires_grad_()
@@ -318,7 +388,7 @@ def _train_head(z, y, lr, epochs, batch_size, generator):
             losses.append(loss.item())
     return weight.detach(), losses
 
-# %% ../nbs/02_rasa.ipynb #c044
+# %% ../nbs/02_rasa.ipynb #c050
 def _train_rasa(self, moments, targets):
     "Trains `n_iter` heads on the cached tokens; returns the projector [D, D], sets `basis_` and `history_`."
     z, y = torch.cat(self._cache).flatten(1, 2), targets.flatten(0, 1).float()
