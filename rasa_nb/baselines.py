@@ -168,7 +168,7 @@ def roster(
     s = dict(random_state=random_state)
     return {"RASA as released": RASA.released(**s), "RASA as in the paper": RASA.paper(**s), "RASA, sgd, global basis": RASA("sgd", basis="global", **s),
             "RASA, closed form": RASA("closed_form", "coords", **s), "RASA, closed form, fourier": RASA("closed_form", "fourier", **s),
-            "LEACE": LEACE("coords", **s), "LEACE, fourier": LEACE("fourier", **s),
+            "RASA, closed form, fourier, full rank": RASA("closed_form", "fourier", rank="all", **s), "LEACE": LEACE("coords", **s), "LEACE, fourier": LEACE("fourier", **s),
             "blank-image SVD, 4": BlankSVD(4, **s), "blank-image SVD, 10": BlankSVD(10, **s), "blank-image SVD, D/2": BlankSVD(.5, **s),
             "PCA by position, 2": RemovePCA(2, "position", **s), "PCA by variance, 2": RemovePCA(2, "variance", **s),
             "position mean": PositionMean(**s), "position mean + RASA": MeanThenRASA("coords", **s), "position mean + RASA, fourier": MeanThenRASA("fourier", **s),
@@ -197,7 +197,7 @@ def fit_together(
     return {name: r.attach(encoder, name) for name, r in removers.items()}
 
 # %% ../nbs/02a_baselines.ipynb #c045
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     "Every method on one encoder: position left and mIoU, with the untouched encoder as 'none'."
     encoder: str
@@ -207,8 +207,9 @@ class Comparison:
     r2_augmented: dict     # method -> mean R² of row and column, ridge probe, held-out augmented images
     r2_upright: dict       # the same on images as they are
     miou: dict             # method -> k -> mIoU of each seed, percent
-    protocol: dict = field(repr=False)
+    protocol: dict
 
+    def __repr__(self): return f"{self._caption()}\n{self.table}"
     def mean(self, method, k): return float(torch.tensor(self.miou[method][k]).mean())
     def std(self, method, k): return float(torch.tensor(self.miou[method][k]).std(correction=0))
 
