@@ -19,7 +19,7 @@ from torch import nn
 # %% ../nbs/02a_baselines.ipynb #c004
 from .data import Transformed, augmentation
 from .encoders import PatchEncoder, check_image_size
-from .rasa import RASA, Moments, PositionMean, PositionRemover, RASAHead, position_targets
+from .rasa import RASA, Moments, PositionMean, PositionRemover, RASAHead, orthonormal_targets, position_targets
 from .bias import position_r2, ridge_r2
 from .overcluster import LEOPART, overcluster
 
@@ -33,7 +33,7 @@ def leace_fitter(
 ) -> LeaceFitter:
     "Returns the fitter of `concept-erasure` as if it had seen the tokens."
     t, n = targets.flatten(0, 1), moments.count * math.prod(moments.grid_size)
-    fitter = LeaceFitter(moments.embed_dim, t.shape[1], affine=False, constrain_cov_trace=False, dtype=torch.float64)
+    fitter = LeaceFitter(moments.embed_dim, t.shape[1], affine=False, constrain_cov_trace=False, svd_tol=1e-6, dtype=torch.float64)
     fitter.n, fitter.mean_x, fitter.mean_z = torch.tensor(n), moments.mean, t.mean(0)
     fitter.sigma_xx_, fitter.sigma_xz_ = n * moments.cov, n * moments.cross(targets)
     return fitter
@@ -47,7 +47,7 @@ class LEACE(PositionRemover):
     ):
         self.targets, self.random_state = targets, random_state
 
-    def _solve(self, m): return leace_fitter(m, position_targets(m.grid_size, self.targets)).eraser.P, None
+    def _solve(self, m): return leace_fitter(m, orthonormal_targets(position_targets(m.grid_size, self.targets))).eraser.P, None
 
 # %% ../nbs/02a_baselines.ipynb #c018
 class BlankSVD(PositionRemover):
