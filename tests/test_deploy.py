@@ -6,7 +6,6 @@ import warnings
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 from hypothesis import given, settings, strategies as st
 
@@ -16,6 +15,8 @@ from rasa_nb.deploy import DebiasedNorm, export_onnx, fold, leak_of, load_from_h
 from rasa_nb.encoders import PatchEncoder
 from rasa_nb.identity import encoder_hash, fitted_on, warn_if_foreign
 from rasa_nb.rasa import DebiasedEncoder, PositionMean, RASA, RASAHead
+
+import timm   # after rasa_nb, whose guard makes torchvision importable
 
 
 def timm_vit(**kwargs):
