@@ -112,6 +112,27 @@ def test_sgd_is_repeatable_and_remembers_nothing():
     assert torch.equal(rasa.fit_tokens(z).projector_, first) and len(rasa.history_) == 2
 
 
+def test_sgd_stops_when_nothing_is_left_to_learn():
+    "Position in two directions only: the second head has nothing to find, nor has any after it."
+    t = position_targets((6, 6)) - .5
+    z = torch.randn(300, 6, 6, 24); z[..., :2] = (8 * t).float()
+    assert len(RASA("sgd", epochs=30, lr=.05, tol=.05).fit_tokens(z).history_) < 4
+    assert len(RASA("sgd", epochs=1).fit_tokens(z).history_) == 9
+
+
+def test_sgd_learns_the_same_from_memory_from_a_file_and_close_to_it_when_augmenting_anew(tiny, tmp_path):
+    recipe, data = dict(solver="sgd", n_iter=1, epochs=2, batch_size=16), Scenes(n=48)
+    memory, file = RASA(**recipe).fit(tiny, data), RASA(**recipe).fit(tiny, data, cache_dir=tmp_path)
+    assert torch.allclose(memory.projector_, file.projector_, atol=2e-3) and list(tmp_path.iterdir()) == []   # float16 rounds
+    calls = []
+    class Counting(PatchEncoder):
+        def forward(self, images): calls.append(len(images)); return super().forward(images)
+    counting = Counting(tiny.model, tiny.tokens, 192, 8, 96)
+    RASA(**recipe).fit(counting, data, batch_size=16); cached = sum(calls); calls.clear()
+    RASA(**recipe, augment_every_epoch=True).fit(counting, data)
+    assert cached == 48 and sum(calls) == 48 * 2
+
+
 def test_presets(tiny):
     assert (RASA.released().lr, RASA.released().basis, RASA.released().n_iter) == (2e-4, "pairwise", 9)
     assert (RASA.paper().lr, RASA.paper().basis) == (2e-3, "pairwise") and RASA.released(n_iter=3).n_iter == 3
@@ -148,7 +169,7 @@ def test_bad_heads(tmp_path, tiny, deit_file):
     whole = (tmp_path / "h.safetensors").read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(whole[:-20])
     for call, match in [(lambda: RASAHead.load(tmp_path / "cut.safetensors"), "is it whole"),
-                        (lambda: RASAHead.load(deit_file), "is no saved head"),
+                        (lambda: RASAHead.load(deit_file), "is no rasa_nb.head.1 file"),
                         (lambda: RASA.load(tmp_path / "h.safetensors"), "holds None, not RASA"),
                         (lambda: DebiasedEncoder(tiny, RASAHead(torch.eye(5))), "head is for D=5, tiny has D=192"),
                         (lambda: RASAHead(torch.eye(5))(torch.zeros(1, 2, 2, 6)), "D=6, this head was fitted for D=5"),

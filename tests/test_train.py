@@ -24,7 +24,7 @@ def papermill(tmp_path, **parameters):
 def finished(tmp_path_factory):
     "One run by papermill: (its folder, its record, the executed notebook)."
     tmp = tmp_path_factory.mktemp("run")
-    nb = papermill(tmp, run="one", seed=3)
+    nb = papermill(tmp, run_name="one", seed=3)
     return tmp / "runs" / "one", json.loads((tmp / "runs" / "one" / "run.json").read_text()), nb
 
 
@@ -65,7 +65,7 @@ def test_the_notebook_shows_table_and_figure(finished):
 def test_an_existing_run_is_left_as_it_is(finished, tmp_path):
     folder, _, _ = finished
     before = (folder / "run.json").read_bytes()
-    with pytest.raises(FileExistsError, match="exists and is left as it is"): train(Config(out_dir=str(folder.parent), run="one", **small))
+    with pytest.raises(FileExistsError, match="exists and is left as it is"): train(Config(out_dir=str(folder.parent), run_name="one", **small))
     assert (folder / "run.json").read_bytes() == before
 
 
@@ -83,7 +83,7 @@ def test_bad_parameters_by_papermill(tmp_path, parameters, message):
     (dict(model=3), "model=3: expected text"), (dict(seeds=True), "seeds=True: expected a whole number"), (dict(download="no"), "expected True or False"),
     (dict(n_images=-1), "n_images=-1: expected at least 0"), (dict(k=5), "k=5: expected at least 12"), (dict(k=[]), "expected a number"),
     (dict(data="coco"), "data='coco': expected one of 'auto', 'scenes', 'voc'"), (dict(solver="magic"), "solver='magic'"),
-    (dict(checkpoint="/no/file"), "checkpoint='/no/file': no such file"), (dict(run="a/b"), "expected a plain folder name"),
+    (dict(checkpoint="/no/file"), "checkpoint='/no/file': no such file"), (dict(run_name="a/b"), "expected a plain folder name"),
 ])
 def test_bad_parameters(parameters, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message): Config(**parameters)
@@ -97,7 +97,7 @@ def test_each_default_name_is_new(tmp_path):
 
 
 def test_nothing_is_left_when_saving_fails(tmp_path, monkeypatch):
-    config = Config(n_images=8, k=12, seeds=1, out_dir=str(tmp_path), run="broken")
+    config = Config(n_images=8, k=12, seeds=1, out_dir=str(tmp_path), run_name="broken")
     run = train(config, progress=False)
     monkeypatch.setattr("rasa_nb.train.run_record", lambda run: 1 / 0)
     with pytest.raises(ZeroDivisionError): save_run(run)
