@@ -58,12 +58,18 @@ class BlankSVD(PositionRemover):
     ):
         self.n_directions, self.random_state = n_directions, random_state
 
-    def fit(self, encoder, data=None, image_size=None, batch_size=1, num_workers=0, desc=None):
+    def fit(self, encoder, data=None, image_size=None, **options):
         "Learns from one black image and returns self; `data` is not looked at."
         size = image_size or encoder.image_size
         tokens = encoder(torch.zeros(1, 3, *((size, size) if isinstance(size, int) else size)))
-        self._fit_source = dict(encoder=encoder.name, image_size=size, data=dict(name="one blank image", images=1))
-        return self.fit_moments(Moments(tokens.shape[1:3], tokens.shape[3]).update(tokens))
+        moments = Moments(tokens.shape[1:3], tokens.shape[3]).update(tokens)
+        moments.source = dict(encoder=encoder.name, image_size=size, data=dict(name="one blank image", images=1))
+        return self.fit_moments(moments)
+
+    def fit_moments(self, moments):
+        "Learns from moments of blank images and returns self; one is enough, so the number is not checked."
+        self.moments_ = moments
+        return self._set_head(*self._solve(moments), moments.source)
 
 # %% ../nbs/02a_baselines.ipynb #c019
 def _solve_blank(self, m):
@@ -75,14 +81,7 @@ def _solve_blank(self, m):
     self.basis_ = directions[:int(n)][s[:int(n)] > 1e-6 * s[0]].T   # a small image has fewer directions than were asked for
     return torch.eye(m.embed_dim) - self.basis_ @ self.basis_.T, None
 
-def _fit_blank(self, moments):
-    "Learns from moments of blank images and returns self."
-    projector, offset = self._solve(moments)   # one image is enough here, so the base's check of their number is left out
-    self.moments_ = moments
-    self.head_ = RASAHead(projector, offset, dict(method=type(self).__name__, params=self.get_params(), **vars(self).pop("_fit_source", {})))
-    return self
-
-BlankSVD._solve, BlankSVD.fit_moments = _solve_blank, _fit_blank
+BlankSVD._solve = _solve_blank
 
 # %% ../nbs/02a_baselines.ipynb #c023
 class RemovePCA(PositionRemover):
@@ -185,6 +184,7 @@ def fit_together(
     "Fits every method from one pass over the images, augmented; returns name -> debiased encoder."
     size, cache = image_size or encoder.image_size, []
     moments = Moments(check_image_size(size, encoder.patch_size), encoder.embed_dim)
+    moments.source = dict(encoder=encoder.name, image_size=size, data=data.describe(), random_state=0)
     by_tokens = [r for r in removers.values() if getattr(r, "solver", None) == "sgd"]
     for tokens, _ in encoder.encode(Transformed(data, augmentation(size)), batch_size, num_workers, desc):
         moments.update(tokens)
@@ -192,7 +192,7 @@ def fit_together(
     tokens = torch.cat(cache) if cache else None
     for r in removers.values():
         if isinstance(r, (BlankSVD, ShiftAverage)): r.fit(encoder, image_size=size)
-        elif r in by_tokens: r.fit_tokens(tokens)
+        elif r in by_tokens: r.fit_tokens(tokens, moments.source)
         else: r.fit_moments(moments)
     return {name: r.attach(encoder, name) for name, r in removers.items()}
 
@@ -333,7 +333,7 @@ class Auto(PositionRemover):
         for tokens, _ in encoder.encode(Transformed(data, augmentation(size), self.random_state), batch_size, num_workers, desc):
             part = (torch.arange(len(tokens)) + seen) % 3; seen += len(tokens)
             for i in range(3): parts[i].update(tokens[part == i])
-        self._fit_source = dict(encoder=encoder.name, image_size=size, data=data.describe())
+        parts[0].source = dict(encoder=encoder.name, image_size=size, data=data.describe(), random_state=self.random_state)
         return self.fit_moments(*parts)
 
 # %% ../nbs/02a_baselines.ipynb #c059

@@ -228,7 +228,7 @@ def _reported(projector, directions, heads, name, basis):
     if leak > 1e-3:
         warnings.warn(f"{name}: {heads} heads removed {directions.shape[1]} directions one after the other, but their product removes {removed}; of the others up to {leak:.0%} "
                       "comes back. This is the released method; load_released_head(path, basis='global') loads it without the leak", stacklevel=3)
-    return RASAHead(projector, None, dict(method="RASA", source=name, heads=heads, basis=basis, directions=directions.shape[1], removed=removed, leak=leak))
+    return RASAHead(projector, None, dict(method="released", source=name, heads=heads, basis=basis, directions=directions.shape[1], removed=removed, leak=leak))
 
 # %% ../nbs/02e_deploy.ipynb #c040
 def _load_any(cls, path):
@@ -251,7 +251,7 @@ def model_card(
 library_name: rasa_nb
 tags: [position-bias, vision-transformer, feature-extraction]
 ---
-# {m.get('method', 'RASA head')} for {m.get('encoder', 'an unnamed encoder')}
+# {m.get('method', 'RASA head')} for {m.get('fitted_on', {}).get('encoder', 'an unnamed encoder')}
 
 A map of patch tokens (D={head.embed_dim}) that removes what they tell about their position{'' if head.offset is None else ', with an offset for each cell of a grid of %d x %d' % tuple(head.offset.shape[:2])}. It was learned without labels. The encoder's weights are not part of it.
 

@@ -89,7 +89,7 @@ def test_blank_svd_finds_the_directions_of_an_additive_leak():
     blank = BlankSVD(2).fit(encoder)
     z = blank.attach(encoder)(torch.rand(40, 3, 32, 32))
     assert blank.projector_.shape == (8, 8) and z.mean(0).std((0, 1)).max() < .15 < encoder(torch.rand(40, 3, 32, 32)).mean(0).std((0, 1)).max()
-    assert blank.head_.metadata["data"] == dict(name="one blank image", images=1)
+    assert blank.head_.metadata["fitted_on"]["data"] == dict(name="one blank image", images=1)
     assert BlankSVD(.5).fit(encoder).basis_.shape[1] == 4
 
 
@@ -123,7 +123,7 @@ def test_auto_removes_where_position_leaks_and_only_there():
         auto = Auto().fit(additive(strength), Scenes(n=60))
         assert (auto.choice_.method is not None) == chosen and auto.choice_.reason
         assert chosen != torch.equal(auto.head_(torch.ones(1, 4, 4, 8)), torch.ones(1, 4, 4, 8))
-    assert auto.head_.metadata["data"]["images"] == 60
+    assert auto.head_.metadata["fitted_on"]["data"]["images"] == 60
 
 
 def test_comparison_and_its_table(tiny):
