@@ -6,11 +6,15 @@
 __all__ = ['ridge_r2', 'PositionR2', 'position_r2']
 
 # %% ../nbs/02b_bias.ipynb #c003
-import math
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import pandas as pd
 import torch
+from sklearn.metrics import r2_score
+from sklearn.neural_network import MLPRegressor
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 # %% ../nbs/02b_bias.ipynb #c004
 from .data import Evaluation, Transformed, augmentation
@@ -35,11 +39,12 @@ def ridge_r2(
 # %% ../nbs/02b_bias.ipynb #c011
 @dataclass(frozen=True)
 class PositionR2:
-    "Share of position variance that a ridge probe explains on held-out images, per encoder."
+    "Share of position variance that a probe explains on held-out images, per encoder."
     row: dict       # encoder name -> R² of the row
     col: dict       # encoder name -> R² of the column
     images: int     # fitted and scored, together
     augmented: bool
+    probe: str
 
     @property
     def mean(self): return {k: (self.row[k] + self.col[k]) / 2 for k in self.row}
@@ -48,28 +53,49 @@ class PositionR2:
     def to_dict(self): return asdict(self) | dict(mean=self.mean)
     def _repr_html_(self):
         kind = "augmented" if self.augmented else "upright"
-        return f"<p>Position R² (ridge probe, held out), {self.images} {kind} images</p>" + self.table.to_html(border=0, float_format="%.3f")
+        return f"<p>Position R² ({self.probe} probe, held out), {self.images} {kind} images</p>" + self.table.to_html(border=0, float_format="%.3f")
 
-# %% ../nbs/02b_bias.ipynb #c012
+# %% ../nbs/02b_bias.ipynb #c013
+class _RidgeProbe:
+    "Even images fit, odd images score, through moments."
+    def __init__(self, grid_size, embed_dim): self.halves, self.seen = [Moments(grid_size, embed_dim, 1) for _ in range(2)], 0
+    def update(self, z):
+        for half, m in enumerate(self.halves): m.update(z[(self.seen + half) % 2::2])
+        self.seen += len(z)
+    def score(self): return ridge_r2(*self.halves, position_targets(self.halves[0].grid_size)).tolist()
+
+class _MLPProbe:
+    "The same on 32 random tokens of each image."
+    def __init__(self, grid_size, embed_dim): self.t, self.z, self.y, self.g = position_targets(grid_size).flatten(0, 1), [], [], torch.Generator().manual_seed(0)
+    def update(self, z):
+        for one in z.flatten(1, 2).cpu():
+            cells = torch.randperm(len(one), generator=self.g)[:32]
+            self.z.append(one[cells].numpy()); self.y.append(self.t[cells].numpy())
+    def score(self):
+        join = np.concatenate
+        probe = make_pipeline(StandardScaler(), MLPRegressor(hidden_layer_sizes=(128,), early_stopping=True, random_state=0)).fit(join(self.z[::2]), join(self.y[::2]))
+        return r2_score(join(self.y[1::2]), probe.predict(join(self.z[1::2])), multioutput="raw_values").tolist()
+
+_probes = dict(ridge=_RidgeProbe, mlp=_MLPProbe)
+
+# %% ../nbs/02b_bias.ipynb #c014
 def position_r2(
     encoders,              # name -> encoder, or one encoder
     data,                  # images; half fit the probe, half score it
     augmented:bool=True,   # True: the encoder's own leak; False: leak and scene layout
+    probe:str="ridge",     # "ridge" (linear), or "mlp"
     image_size=None,       # pixels; None: the encoder's own
     batch_size:int=32, num_workers:int=0, desc=None,
     random_state:int=1,    # of the augmentation; a fit uses 0, so that no draw is seen twice
 ) -> PositionR2:
-    "Returns how much of row and column a linear probe reads off tokens of images it was not fitted on."
-    if not isinstance(encoders, dict): encoders = {encoders.name: encoders}
-    first = next(iter(encoders.values())); size = image_size or first.image_size
-    halves = {k: [Moments(check_image_size(size, e.patch_size), e.embed_dim) for _ in range(2)] for k, e in encoders.items()}
+    "Returns how much of row and column a probe reads off tokens of images it was not fitted on."
+    if probe not in _probes: raise ValueError(f"probe={probe!r}: expected 'ridge' or 'mlp'")
     if len(data) < 4: raise ValueError(f"{len(data)} images are too few: at least 4 are needed, some hundred are good")
+    if not isinstance(encoders, dict): encoders = {encoders.name: encoders}
+    size = image_size or next(iter(encoders.values())).image_size
+    probes = {k: _probes[probe](check_image_size(size, e.patch_size), e.embed_dim) for k, e in encoders.items()}
     shown = Transformed(data, augmentation(size) if augmented else Evaluation(size), random_state)
-    seen = 0
     for tokens, _ in encode_together(encoders, shown, batch_size, num_workers, desc):
-        for name, z in tokens.items():
-            even = (torch.arange(len(z)) + seen) % 2 == 0
-            halves[name][0].update(z[even]); halves[name][1].update(z[~even])
-        seen += len(z)
-    scores = {k: ridge_r2(a, b, position_targets(a.grid_size)).tolist() for k, (a, b) in halves.items()}
-    return PositionR2({k: s[0] for k, s in scores.items()}, {k: s[1] for k, s in scores.items()}, len(data), augmented)
+        for name, z in tokens.items(): probes[name].update(z)
+    scores = {k: p.score() for k, p in probes.items()}
+    return PositionR2({k: s[0] for k, s in scores.items()}, {k: s[1] for k, s in scores.items()}, len(data), augmented, probe)

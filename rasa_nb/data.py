@@ -155,7 +155,7 @@ class Scenes(SegmentationData):
         n:int=None,          # number of images; None: 1,000 for train, 500 for the others
         seed:int=0,          # another seed is another dataset
         size:int=96,         # height and width in pixels
-        tie:float=.8,        # share of regions whose texture follows their place, 0 (no layout) to 1
+        tie:float=.5,        # share of regions whose texture follows their place, 0 (no layout) to 1
     ):
         if split not in self.splits: raise ValueError(f"split={split!r}: expected one of {list(self.splits)}")
         if not 0 <= tie <= 1: raise ValueError(f"tie={tie}: expected a share between 0 and 1")

@@ -83,7 +83,8 @@ class Moments:
         for some, group in zip(patch_tokens.detach().split(8), (indices % len(self.counts)).split(8)):  # few at a time: float64 copies are large
             z = some.cpu().double()
             self.counts.index_add_(0, group, torch.ones(len(z), dtype=torch.float64)); self.cell_sums.index_add_(0, group, z)
-            self.second.addmm_(z.flatten(0, 2).T, z.flatten(0, 2))
+            flat = z.flatten(0, 2).numpy()
+            self.second += torch.from_numpy(flat.T @ flat)   # numpy makes one half of a symmetric product, torch both
         return self
 
     def __add__(self, other):

@@ -109,7 +109,7 @@ class Stages(dict):
 
 def open_data(config):
     "Returns the images to learn from and the images to score, downloading VOC if it is absent and that is allowed."
-    if config.dataset == "scenes": both = Scenes("train"), Scenes("val")
+    if config.dataset == "scenes": both = [Scenes(split, size=config.pixels) for split in ("train", "val")]
     else: both = [VOCSegmentation(config.data_dir, split, config.download) for split in ("train", "val")]
     return [d.first(config.n_images) if config.n_images else d for d in both]
 
@@ -183,7 +183,7 @@ def run_record(run:Run) -> dict:
         parameters=asdict(run.config), protocol=asdict(run.result.protocol), data=run.result.data, absent_classes=run.result.absent,
         encoder=dict(name=run.encoder.name, licence=run.encoder.licence, embed_dim=run.encoder.embed_dim, patch_size=run.encoder.patch_size),
         head=run.debiased.head.metadata, position_r2=run.r2.to_dict(),
-        miou=_miou_record(run.result.frame), scores=run.result.scores,
+        miou=_miou_record(run.result.frame), scores=run.result.to_dict()["scores"],
         stages=run.stages, peak_memory_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20),
         device=str(run.encoder.device), threads=torch.get_num_threads(), python=platform.python_version(), versions={p: version(p) for p in packages})
 
