@@ -37,7 +37,7 @@ def open_encoder(spec, args):
 def run(spec, args):
     encoder, learn, score, size = open_encoder(spec, args)
     removers = {n: r for n, r in roster().items() if not args.methods or n in args.methods}
-    return compare_methods(encoder, learn, score, removers, args.k, range(args.seeds), size, args.batch_size, args.num_workers, progress=True)
+    return compare_methods(encoder, learn, score, removers, args.k, range(args.seeds), size, args.probes, args.batch_size, args.num_workers, progress=True)
 
 
 def save(path, done):
@@ -61,6 +61,7 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--k", type=int, nargs="+")
     parser.add_argument("--methods", nargs="+", help="names of the roster; all by default")
+    parser.add_argument("--probes", nargs="+", default=["ridge", "mlp"])
     parser.add_argument("--voc", default=shared / "data", help="folder that holds VOCdevkit")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--num_workers", type=int, default=0)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['leace_fitter', 'LEACE', 'BlankSVD', 'RemovePCA', 'MeanThenRASA', 'ShiftAveragedEncoder', 'ShiftAverage', 'roster',
-           'fit_together', 'Comparison', 'compare_methods', 'Choice', 'choose_default', 'MomentsAfter', 'Auto']
+           'fit_together', 'Comparison', 'compare_methods', 'Choice', 'choose_default', 'content_in', 'Auto']
 
 # %% ../nbs/02a_baselines.ipynb #c003
 import copy, json, math
@@ -21,7 +21,7 @@ from .data import Transformed, augmentation
 from .encoders import PatchEncoder, check_image_size
 from .rasa import RASA, Moments, PositionMean, PositionRemover, RASAHead, orthonormal_targets, position_targets
 from .bias import position_r2, ridge_r2
-from .overcluster import LEOPART, overcluster
+from .overcluster import LEOPART, moments_after, overcluster
 
 # %% ../nbs/02a_baselines.ipynb #c005
 from concept_erasure import LeaceFitter
@@ -204,8 +204,7 @@ class Comparison:
     learned: dict          # images the methods were fitted on
     scored: dict           # images that were scored
     rank: dict             # method -> dimensions removed; None where it is no map of tokens
-    r2_augmented: dict     # method -> mean R² of row and column, ridge probe, held-out augmented images
-    r2_upright: dict       # the same on images as they are
+    r2: dict               # "ridge augmented" and so on -> method -> R² on held-out images, mean of row and column
     miou: dict             # method -> k -> mIoU of each seed, percent
     protocol: dict
 
@@ -216,10 +215,13 @@ class Comparison:
     @property
     def table(self):
         "A row per method."
-        columns = {"rank removed": self.rank, "R² augmented": self.r2_augmented, "R² upright": self.r2_upright}
+        columns = {"rank removed": self.rank} | {f"R² {what}": r2 for what, r2 in self.r2.items()}
         t = pd.DataFrame({k: pd.Series(v) for k, v in columns.items()}).loc[list(self.miou)]
         for k in next(iter(self.miou.values())): t[f"K={k}"] = [f"{self.mean(n, k):.1f} ± {self.std(n, k):.1f}" for n in t.index]
         return t.astype({"rank removed": "Int64"}).round(3)
+
+    @property
+    def leak(self): return self.r2["ridge augmented"]["none"]
 
     def to_dict(self): return asdict(self) | dict(mean={n: {k: self.mean(n, k) for k in v} for n, v in self.miou.items()},
                                                   std={n: {k: self.std(n, k) for k in v} for n, v in self.miou.items()})
@@ -228,7 +230,7 @@ class Comparison:
 def _caption(self):
     seeds = len(next(iter(next(iter(self.miou.values())).values())))
     return (f"{self.encoder}: fitted on {self.learned['images']} images of {self.learned['name']}, scored on {self.scored['images']} of {self.scored['name']}; "
-            f"mIoU in percent, protocol {self.protocol['name']} at {self.protocol['image_size']} px, mean ± std of {seeds} K-means seeds; R² by a ridge probe, mean of row and column")
+            f"mIoU in percent, protocol {self.protocol['name']} at {self.protocol['image_size']} px, mean ± std of {seeds} K-means seeds; R² on held-out images, mean of row and column")
 
 def _to_markdown(self):
     "Returns the table as Markdown."
@@ -249,17 +251,20 @@ def compare_methods(
     removers=None,        # name -> method; None: the roster
     k=None, seeds=None,   # as in `overcluster`
     image_size=None,      # pixels; None: the encoder's own
+    probes=("ridge",),    # as in `position_r2`; "mlp" too tells what is left beyond linear traces, and takes longer
     batch_size:int=32, num_workers:int=0, progress:bool=False,
 ) -> Comparison:
     "Fits, probes and clusters every method on one encoder."
     size, desc = image_size or encoder.image_size, lambda what: f"{encoder.name}: {what}" if progress else None
-    debiased = fit_together(roster() if removers is None else removers, encoder, learn, size, batch_size, num_workers, desc("fit"))
+    reading = dict(batch_size=batch_size, num_workers=num_workers)
+    debiased = fit_together(roster() if removers is None else removers, encoder, learn, size, desc=desc("fit"), **reading)
     encoders = {"none": encoder} | debiased
-    r2 = [position_r2(encoders, score, augmented, size, batch_size, num_workers, desc("probe")) for augmented in (True, False)]
-    result = overcluster(encoders, score, k, LEOPART.replace(image_size=size), seeds, batch_size, num_workers, progress)
+    r2 = {f"{probe} {kind}": position_r2(encoders, score, kind == "augmented", probe=probe, image_size=size, desc=desc(probe), **reading).mean
+          for probe in probes for kind in ("augmented", "upright")}
+    result = overcluster(encoders, score, k, LEOPART.replace(image_size=size), seeds, progress=progress, **reading)
     miou = {name: {int(n): g.miou.tolist() for n, g in one.groupby("k")} for name, one in result.frame.groupby("encoder", sort=False)}
     rank = {"none": 0} | {name: _rank_removed(e) for name, e in debiased.items()}
-    return Comparison(encoder.name, learn.describe(), score.describe(), rank, r2[0].mean, r2[1].mean, miou, asdict(result.protocol))
+    return Comparison(encoder.name, learn.describe(), score.describe(), rank, r2, miou, asdict(result.protocol))
 
 def _rank_removed(encoder):
     if not hasattr(encoder, "head"): return None
@@ -281,7 +286,7 @@ def choose_default(
 ) -> Choice:
     "Returns the method that the rule above picks."
     methods = [m for m in comparisons[0].miou if m != "none" and all(c.rank[m] is not None for c in comparisons)]
-    leaky = [c for c in comparisons if c.r2_augmented["none"] >= leak]
+    leaky = [c for c in comparisons if c.leak >= leak]
     gain = {m: [c.mean(m, k) - c.mean("none", k) for c in leaky for k in c.miou[m]] for m in methods}
     table = pd.DataFrame(dict(gain={m: sum(g) / len(g) if g else float("nan") for m, g in gain.items()}, harms={m: ", ".join(_harms(m, comparisons)) for m in methods}))
     harmless = table[table.harms == ""].gain.dropna()
@@ -295,23 +300,12 @@ def _harms(method, comparisons):
             if c.mean(method, k) < c.mean("none", k) - max(c.std(method, k), c.std("none", k))]
 
 # %% ../nbs/02a_baselines.ipynb #c055
-class MomentsAfter:
-    "Mean, covariance and cross-covariance of tokens behind a head, from moments before it."
-    def __init__(self,
-        moments,    # `Moments`, on the grid the head was fitted on
-        head,       # a `RASAHead`
-    ):
-        p, before = head.projector.double().cpu(), (moments.cell_mean - moments.mean).flatten(0, 1)
-        self.within = p @ (moments.cov - before.T @ before / len(before)) @ p.T
-        self.cell_mean = (moments.cell_mean - (0 if head.offset is None else head.offset.double().cpu())) @ p.T
-        after = (self.cell_mean - self.mean).flatten(0, 1)
-        self.cov = self.within + after.T @ after / len(after)
-
-    @property
-    def mean(self): return self.cell_mean.mean((0, 1))
-    @property
-    def embed_dim(self): return self.cell_mean.shape[-1]
-    cross = Moments.cross
+def content_in(
+    moments,    # `Moments`
+) -> float:
+    "Returns the variance of tokens within cells, summed over dimensions: what differs between images at the same place."
+    cells = (moments.cell_mean - moments.mean).flatten(0, 1)
+    return float(moments.cov.trace() - cells.square().sum() / len(cells))
 
 # %% ../nbs/02a_baselines.ipynb #c058
 class Auto(PositionRemover):
@@ -346,10 +340,9 @@ def _fit_auto(self, *parts):  # `Moments` of three disjoint sets of images: to f
     return PositionRemover.fit_moments(self, sum(parts[1:], parts[0]))
 
 def _position_and_content(head, probe, score):
-    after = MomentsAfter(probe, head), MomentsAfter(score, head)
-    kept = after[1].within.trace() / MomentsAfter(score, RASAHead(torch.eye(head.embed_dim))).within.trace()
+    after = [moments_after(m, head, m.grid_size) for m in (probe, score)]
     r2 = ridge_r2(*after, position_targets(score.grid_size)).nanmean()   # nan: a grid of one row has no row to tell
-    return dict(r2=float(r2), content=float(kept))
+    return dict(r2=float(r2), content=content_in(after[1]) / content_in(score))
 
 # %% ../nbs/02a_baselines.ipynb #c060
 def _choose_blind(table, leak):
