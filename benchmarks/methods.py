@@ -36,7 +36,7 @@ def open_encoder(spec, args):
 
 def run(spec, args):
     encoder, learn, score, size = open_encoder(spec, args)
-    removers = {n: r for n, r in roster().items() if not args.methods or n in args.methods}
+    removers = {n: r for n, r in roster().items() if (not args.methods or n in args.methods) and n not in args.skip}
     return compare_methods(encoder, learn, score, removers, args.k, range(args.seeds), size, args.probes, args.batch_size, args.num_workers, progress=True)
 
 
@@ -61,13 +61,14 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--k", type=int, nargs="+")
     parser.add_argument("--methods", nargs="+", help="names of the roster; all by default")
+    parser.add_argument("--skip", nargs="+", default=[], help="names of the roster to leave out, e.g. 'shift averaging, 10', which takes ten passes at every use")
     parser.add_argument("--probes", nargs="+", default=["ridge", "mlp"])
     parser.add_argument("--voc", default=shared / "data", help="folder that holds VOCdevkit")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--num_workers", type=int, default=0)
     parser.add_argument("--out", type=Path, default=here / "results" / "methods.json")
     args = parser.parse_args()
-    unknown = set(args.methods or ()) - set(roster())
+    unknown = {*(args.methods or ()), *args.skip} - set(roster())
     if unknown: parser.error(f"unknown methods {sorted(unknown)}; known: {list(roster())}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     done = load(args.out)
