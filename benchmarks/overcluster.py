@@ -5,7 +5,8 @@
 
 Writes benchmarks/results/overcluster.json and .png. Every measurement is a process of its own, so that its peak memory is its own.
 """
-import argparse, json, platform, resource, subprocess, sys, tempfile, time
+import argparse, json, platform, re, subprocess, sys, tempfile, time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,11 @@ def timed_fit(fit):
     return timed
 
 
+def peak_memory():
+    "Bytes at the peak of this process. (Not `getrusage`, which counts from before the process became this program.)"
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+
 def one(which, file, ks):
     "Run in a process of its own: prints seconds, memory and scores."
     tokens, masks = torch.load(file, mmap=True)
@@ -90,7 +96,7 @@ def one(which, file, ks):
     KMeans.fit = timed_fit(KMeans.fit)
     before, start, cpu = psutil.Process().memory_info().rss, time.perf_counter(), time.process_time()
     scores = (plain_overcluster if which == "plain" else ours)(tokens, masks, ks, 21)
-    seconds, cpu, peak = time.perf_counter() - start, time.process_time() - cpu, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    seconds, cpu, peak = time.perf_counter() - start, time.process_time() - cpu, peak_memory()
     fit, fit_cpu = map(sum, zip(*training))
     print(json.dumps(dict(seconds=seconds, cpu_seconds=cpu, rest_seconds=seconds - fit, rest_cpu_seconds=cpu - fit_cpu, peak_gb=peak / 1e9, work_gb=(peak - before) / 1e9, miou=scores)))
 
@@ -115,32 +121,25 @@ def random_tokens(images, grid, dim, dtype=torch.float32, size=100):
     return tokens, F.interpolate(blocks, size=(size, size))[:, 0].to(torch.uint8)
 
 
-def voc_tokens(folder, checkpoint, splits=("val",)):
+def voc_tokens(folder, checkpoint):
     from rasa_nb.data import Evaluation, Transformed, VOCSegmentation
     from rasa_nb.encoders import load_encoder
     encoder = load_encoder("deit_tiny_patch16_224", checkpoint=checkpoint)
-    parts = [p for s in splits for p in encoder.encode(Transformed(VOCSegmentation(folder, s), Evaluation(224, 100)), desc="encode")]
+    parts = list(encoder.encode(Transformed(VOCSegmentation(folder, "val"), Evaluation(224, 100)), desc="encode"))
     return [torch.cat(p) for p in zip(*parts)]
 
 
-def compare(title, tokens, masks):
-    rows = {which: measure(which, tokens, masks) for which in ("plain", "ours")}
-    ratio = {k: rows["plain"][k] / rows["ours"][k] for k in ("seconds", "cpu_seconds", "rest_seconds", "rest_cpu_seconds", "peak_gb", "work_gb")}
-    print(f"  {title}: {ratio['seconds']:.1f} x faster (CPU time {ratio['cpu_seconds']:.1f} x, beside K-means training {ratio['rest_cpu_seconds']:.1f} x), "
-          f"1/{ratio['peak_gb']:.1f} of the peak memory (1/{ratio['work_gb']:.1f} beyond imports)", flush=True)
-    return dict(title=title, **rows, ratio=ratio)
+def compare(title, plain, ours):
+    ratio = {k: plain[k] / ours[k] for k in ("seconds", "cpu_seconds", "rest_seconds", "rest_cpu_seconds", "peak_gb", "work_gb")}
+    print(f"{title}: {ratio['cpu_seconds']:.1f} x faster (beside K-means training {ratio['rest_cpu_seconds']:.1f} x), "
+          f"1/{ratio['peak_gb']:.1f} of the peak memory (1/{ratio['work_gb']:.1f} beyond imports)")
+    return dict(title=title, plain=plain, ours=ours, ratio=ratio)
 
 
 def extrapolate(row, images):
     "What the plain reference would take: training stays, all else grows with the images (see `growth`)."
     times = images / row["images"]
     return {f"{p}seconds": row[f"{p}seconds"] + (times - 1) * row[f"rest_{p}seconds"] for p in ("", "cpu_")} | dict(images=images, work_gb=row["work_gb"] * times)
-
-
-def growth(images, dims, ks):
-    "How time and memory grow with one of images, D and K, the others held."
-    cases = dict(images=[(n, 192, (100,)) for n in images], D=[(25, d, (100,)) for d in dims], K=[(50, 192, (k,)) for k in ks])
-    return {axis: [measure(which, *random_tokens(n, 14, d), k) for n, d, k in several for which in ("plain", "ours")] for axis, several in cases.items()}
 
 
 def plot(grown, file):
@@ -157,26 +156,37 @@ def plot(grown, file):
     fig.savefig(file, dpi=80)
 
 
+def cases(args):
+    "Everything to measure: {name: (which, tokens and masks or how to make them, ks)}."
+    fits = int(min(1449, args.share * psutil.virtual_memory().available / (3 * 100 * 100 * 768 * 4)))     # the reference holds three copies for a moment
+    voc = {"DeiT-Tiny, VOC val": voc_tokens(args.voc, args.checkpoint)} if args.voc else {}
+    compared = {**voc, f"random tokens, {fits} images (what fits the reference)": (fits, 32, 768)}
+    grown = {("images", n): ((n, 14, 192), KS[:1]) for n in (8, 16, 32)} | {("D", d): ((8, 14, d), KS[:1]) for d in (192, 384, 768)} | {("K", k): ((16, 14, 192), (k,)) for k in KS}
+    both = {title: (made, KS) for title, made in compared.items()} | grown
+    todo = {(name, which): (which, made, ks) for name, (made, ks) in both.items() for which in ("plain", "ours")}
+    todo |= {("full", shape): ("ours", (1449, *shape, torch.float16), KS) for shape in ([(14, 192)] if args.voc else []) + [(32, 768)]}
+    return list(compared), list(grown), todo
+
+
 def main(args):
-    measured, free = [], psutil.virtual_memory().available
-    if args.voc:
-        measured.append(compare("DeiT-Tiny, VOC val", *voc_tokens(args.voc, args.checkpoint)))
-        measured.append(compare("DeiT-Tiny, VOC train and val", *voc_tokens(args.voc, args.checkpoint, ("val", "train"))))
-    fits = int(min(1449, .6 * free / (3 * 100 * 100 * 768 * 4)))     # the reference holds three copies for a moment
-    measured.append(compare(f"random tokens, {fits} of 1449 images (what fits the reference)", *random_tokens(fits, 32, 768)))
-    full = dict(ours=measure("ours", *random_tokens(1449, 32, 768, torch.float16)), plain_extrapolated=extrapolate(measured[-1]["plain"], 1449))
-    print("  plain, extrapolated:", full["plain_extrapolated"], flush=True)
-    grown = growth((12, 25, 50, 100), (96, 192, 384, 768), KS)
+    machine = dict(cpus=psutil.cpu_count(), threads=torch.get_num_threads(), jobs=args.jobs, torch=torch.__version__, python=platform.python_version(), load=psutil.getloadavg()[0])
+    titles, grown, todo = cases(args)
+    def do(which, made, ks): return measure(which, *(random_tokens(*made) if isinstance(made, tuple) else made), ks)
+    with ThreadPoolExecutor(args.jobs) as pool: rows = dict(zip(todo, pool.map(lambda case: do(*case), todo.values())))
+    compared = [compare(t, rows[t, "plain"], rows[t, "ours"]) for t in titles]
+    full = [dict(ours=row, plain_extrapolated=extrapolate(rows[t, "plain"], 1449)) for t, (key, row) in zip(titles, [(k, r) for k, r in rows.items() if k[0] == "full"])]
+    growth = {axis: [rows[g, which] for g in grown if g[0] == axis for which in ("plain", "ours")] for axis in ("images", "D", "K")}
     results.mkdir(exist_ok=True)
-    plot(grown, results / "overcluster.png")
-    machine = dict(cpus=psutil.cpu_count(), threads=torch.get_num_threads(), torch=torch.__version__, python=platform.python_version(), load=psutil.getloadavg()[0])
-    (results / "overcluster.json").write_text(json.dumps(dict(machine=machine, protocol="franca", compared=measured, full_size=full, growth=grown), indent=1) + "\n")
+    (results / "overcluster.json").write_text(json.dumps(dict(machine=machine, protocol="franca", compared=compared, full_size=full, growth=growth), indent=1) + "\n")
+    plot(growth, results / "overcluster.png")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--voc", help="folder that holds VOCdevkit")
     parser.add_argument("--checkpoint", help="DeiT-Tiny weights")
+    parser.add_argument("--share", type=float, default=.6, help="of the free memory that the reference may take on random tokens")
+    parser.add_argument("--jobs", type=int, default=1, help="measurements at a time; seconds of the wall clock mean something for 1 only, CPU seconds always")
     parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one: one(args.one[0], args.one[1], tuple(map(int, args.one[2:])))

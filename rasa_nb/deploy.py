@@ -126,9 +126,7 @@ class _Exported(nn.Module):
         self.encoder, self.heads = encoder, nn.Sequential(*heads)
 
     def forward(self, images):
-        e = self.encoder
-        images = (images - e.mean) / e.std
-        return self.heads(e._patch_tokens(images) if hasattr(e, "_patch_tokens") else e.tokens(e.model, images))
+        return self.heads(self.encoder._patch_tokens((images - self.encoder.mean) / self.encoder.std))
 
 # %% ../nbs/02e_deploy.ipynb #c026
 def export_onnx(

@@ -25,7 +25,7 @@ import seaborn as sns
 from scipy import stats
 from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import KMeans
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 # %% ../nbs/02c_overcluster.ipynb #c005
 from .data import Evaluation, Transformed, batches
@@ -221,7 +221,7 @@ def _two_cells(size, cells):
     weight = matrix[torch.arange(size), low].float()
     return (low, weight), ((low + 1).clamp(max=cells - 1), 1 - weight)
 
-def _images_per_chunk(numbers_per_image): return max(1, 2**21 // numbers_per_image)   # 8 MB of float32
+def _images_per_chunk(numbers_per_image): return max(1, 2**20 // numbers_per_image)   # 4 MB of float32
 
 # %% ../nbs/02c_overcluster.ipynb #c045
 def kmeans_centres(
@@ -238,7 +238,7 @@ def kmeans_centres(
 
 def _faiss_centres(points, k, protocol, seed):
     try: import faiss
-    except ImportError as e: raise ImportError("library='faiss' needs faiss: `pip install faiss-cpu`, or library='sklearn'") from e
+    except ImportError as e: raise ImportError("library='faiss' needs faiss: `pip install faiss-cpu` (or rasa_nb[faiss]), or library='sklearn'") from e
     # the points were drawn already, so faiss must not draw again
     model = faiss.Kmeans(points.shape[1], k, niter=protocol.max_iter, nredo=protocol.n_init, seed=seed, max_points_per_centroid=len(points))
     model.train(np.ascontiguousarray(points.numpy()))
@@ -407,7 +407,7 @@ def estimate_memory(
                 masks=images * pixels,
                 reduced=images * cells * min(protocol.pca, dim) * 4,
                 kmeans=4 * 4 * min(k * protocol.points_per_centroid, images * clustered) * protocol.pca,   # and scikit-learn's copies
-                chunks=4 * 4 * max(2**21, clustered * k),
+                chunks=4 * 4 * max(2**20, clustered * k),
                 moments=6 * 8 * sum(d**2 for *_, d in shapes))
 
 def _pair(size): return (size, size) if isinstance(size, int) else tuple(size)

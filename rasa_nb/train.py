@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 # %% ../nbs/03_train.ipynb #c007
 from .data import Scenes, VOCSegmentation
-from .encoders import _timm_name, check_image_size, load_encoder
+from .encoders import check_image_size, check_name, load_encoder
 from .rasa import RASA, PositionMean
 from .bias import PositionR2, position_r2
 from .overcluster import LEOPART, OverclusterResult, overcluster
@@ -72,7 +72,7 @@ def _check_config(c):
         if getattr(c, name) < least: raise ValueError(f"{name}={getattr(c, name)}: expected at least {least}")
     for name, allowed in dict(data=("auto", "scenes", "voc"), solver=tuple(SOLVERS), targets=("coords", "fourier", "grid"), device=("", "cpu", "cuda", "mps")).items():
         if getattr(c, name) not in allowed: raise ValueError(f"{name}={getattr(c, name)!r}: expected one of {', '.join(map(repr, allowed))}")
-    if c.model != "tiny": _timm_name(c.model)
+    check_name(c.model)
     if c.checkpoint and not Path(c.checkpoint).is_file(): raise FileNotFoundError(f"checkpoint={c.checkpoint!r}: no such file")
     if Path(c.run_name).name != c.run_name: raise ValueError(f"run_name={c.run_name!r}: expected a plain folder name")
     least = len((Scenes if c.dataset == "scenes" else VOCSegmentation).classes)
