@@ -19,7 +19,8 @@ from torch import nn
 # %% ../nbs/02a_baselines.ipynb #c004
 from .data import Transformed, augmentation
 from .encoders import PatchEncoder, check_image_size
-from .rasa import RASA, Moments, PositionMean, PositionRemover, RASAHead, orthonormal_targets, position_targets
+from .identity import fitted_on
+from .rasa import describe_fit, RASA, Moments, PositionMean, PositionRemover, RASAHead, orthonormal_targets, position_targets
 from .bias import position_r2, ridge_r2
 from .overcluster import LEOPART, moments_after, overcluster
 
@@ -63,7 +64,7 @@ class BlankSVD(PositionRemover):
         size = image_size or encoder.image_size
         tokens = encoder(torch.zeros(1, 3, *((size, size) if isinstance(size, int) else size)))
         moments = Moments(tokens.shape[1:3], tokens.shape[3]).update(tokens)
-        moments.source = dict(encoder=encoder.name, image_size=size, data=dict(name="one blank image", images=1))
+        moments.source = dict(fitted_on(encoder), image_size=size, data=dict(name="one blank image", images=1))
         return self.fit_moments(moments)
 
     def fit_moments(self, moments):
@@ -184,7 +185,7 @@ def fit_together(
     "Fits every method from one pass over the images, augmented; returns name -> debiased encoder."
     size, cache = image_size or encoder.image_size, []
     moments = Moments(check_image_size(size, encoder.patch_size), encoder.embed_dim)
-    moments.source = dict(encoder=encoder.name, image_size=size, data=data.describe(), random_state=0)
+    moments.source = describe_fit(encoder, size, data, 0)
     by_tokens = [r for r in removers.values() if getattr(r, "solver", None) == "sgd"]
     for tokens, _ in encoder.encode(Transformed(data, augmentation(size)), batch_size, num_workers, desc):
         moments.update(tokens)
@@ -327,7 +328,7 @@ class Auto(PositionRemover):
         for tokens, _ in encoder.encode(Transformed(data, augmentation(size), self.random_state), batch_size, num_workers, desc):
             part = (torch.arange(len(tokens)) + seen) % 3; seen += len(tokens)
             for i in range(3): parts[i].update(tokens[part == i])
-        parts[0].source = dict(encoder=encoder.name, image_size=size, data=data.describe(), random_state=self.random_state)
+        parts[0].source = describe_fit(encoder, size, data, self.random_state)
         return self.fit_moments(*parts)
 
 # %% ../nbs/02a_baselines.ipynb #c059

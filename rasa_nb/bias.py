@@ -94,7 +94,7 @@ def position_r2(
     if not isinstance(encoders, dict): encoders = {encoders.name: encoders}
     size = image_size or next(iter(encoders.values())).image_size
     probes = {k: _probes[probe](check_image_size(size, e.patch_size), e.embed_dim) for k, e in encoders.items()}
-    shown = Transformed(data, augmentation(size) if augmented else Evaluation(size), random_state)
+    shown = Transformed(data, augmentation(size) if augmented else Evaluation(size, size), random_state)   # masks are not looked at, but must stack
     for tokens, _ in encode_together(encoders, shown, batch_size, num_workers, desc):
         for name, z in tokens.items(): probes[name].update(z)
     scores = {k: p.score() for k, p in probes.items()}

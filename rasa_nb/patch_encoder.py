@@ -192,7 +192,7 @@ def _encode(self:PatchEncoder,
     "Yields `(patch_tokens [B, gh, gw, D], masks [B, h, w] or None)` over the dataset, in order."
     for images, masks in batches(_transformed(self, data), batch_size, num_workers, desc): yield self(images), masks
 
-def _transformed(encoder, data): return data if isinstance(data, Transformed) else Transformed(data, Evaluation(encoder.image_size))
+def _transformed(encoder, data): return data if isinstance(data, Transformed) else Transformed(data, Evaluation(encoder.image_size, encoder.image_size))  # masks must stack
 
 PatchEncoder.encode = _encode
 

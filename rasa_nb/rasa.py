@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['position_targets', 'Moments', 'RASAHead', 'write_safetensors', 'read_safetensors', 'DebiasedEncoder',
-           'encode_together', 'collect_moments', 'PositionRemover', 'PositionMean', 'RASA', 'orthonormal_targets',
-           'cross_covariance_basis', 'Evidence', 'position_evidence']
+           'encode_together', 'collect_moments', 'describe_fit', 'PositionRemover', 'PositionMean', 'RASA',
+           'orthonormal_targets', 'cross_covariance_basis', 'Evidence', 'position_evidence']
 
 # %% ../nbs/02_rasa.ipynb #c003
 import copy, inspect, json, math, os, tempfile, time
@@ -22,6 +22,7 @@ from torch.utils.data import Subset
 # %% ../nbs/02_rasa.ipynb #c004
 from .data import Transformed, augmentation, batches
 from .encoders import PatchEncoder, check_image_size, load_encoder
+from .identity import fitted_on, warn_if_foreign
 
 # %% ../nbs/02_rasa.ipynb #c005
 from safetensors import SafetensorError, safe_open
@@ -178,6 +179,7 @@ class DebiasedEncoder(PatchEncoder):
     def __init__(self, encoder, head, name=None):
         nn.Module.__init__(self)
         if head.embed_dim != encoder.embed_dim: raise ValueError(f"the head is for D={head.embed_dim}, {encoder.name} has D={encoder.embed_dim}")
+        warn_if_foreign(head.metadata.get("fitted_on", {}), encoder)
         self.encoder, self.head = encoder, copy.deepcopy(head).to(encoder.device)
         self.name = name or f"{encoder.name}+{head.metadata.get('method', 'head')}"
         for k in ("embed_dim", "patch_size", "image_size", "num_prefix_tokens", "licence"): setattr(self, k, getattr(encoder, k))
@@ -213,7 +215,7 @@ def collect_moments(
 ) -> Moments:
     "Returns the moments of the tokens of all images, augmented."
     size, (rank, world) = image_size or encoder.image_size, _process()
-    source = dict(encoder=encoder.name, image_size=size, data=data.describe(), random_state=random_state)
+    source = describe_fit(encoder, size, data, random_state)
     file = moments_file and Path(f"{moments_file}.{rank}" if world > 1 else moments_file)
     moments = Moments(check_image_size(size, encoder.patch_size), encoder.embed_dim)
     if file and file.exists(): moments = _resume(file, source)
@@ -227,7 +229,12 @@ def collect_moments(
         if file and moments.count: moments.save(file)
     return moments.all_reduce()
 
-# %% ../nbs/02_rasa.ipynb #c030
+# %% ../nbs/02_rasa.ipynb #c029
+def describe_fit(encoder, image_size, data, random_state) -> dict:
+    "Returns what a head and moments remember of the images and the encoder they were made from, as they come back from JSON."
+    return json.loads(json.dumps(dict(fitted_on(encoder), image_size=image_size, data=data.describe(), random_state=random_state)))
+
+# %% ../nbs/02_rasa.ipynb #c031
 def _save_moments(self:Moments, path):
     "Writes the sums to a safetensors file, whole or not at all."
     write_safetensors(path, {k: getattr(self, k) for k in ("counts", "cell_sums", "second")}, "rasa_nb.moments.1", self.source)
@@ -245,7 +252,7 @@ def _resume(file, source):
     if moments.source != source: raise ValueError(f"{file} holds moments of {moments.source}, not of {source}: remove it, or name another file")
     return moments
 
-# %% ../nbs/02_rasa.ipynb #c031
+# %% ../nbs/02_rasa.ipynb #c032
 def _process():
     "(rank, number of processes) under torch.distributed, (0, 1) otherwise."
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
@@ -260,7 +267,7 @@ def _all_reduce(self:Moments):
 
 Moments.all_reduce = _all_reduce
 
-# %% ../nbs/02_rasa.ipynb #c035
+# %% ../nbs/02_rasa.ipynb #c036
 class PositionRemover:
     "Base of all methods: `fit(encoder, data)`, `fit_moments(moments)`, `transform(tokens)`, `attach(encoder)`, `save`, `load`."
 
@@ -288,7 +295,7 @@ class PositionRemover:
 
 def _plain(v): return v if isinstance(v, (int, float, str, bool, type(None))) else getattr(v, "__name__", str(v))
 
-# %% ../nbs/02_rasa.ipynb #c036
+# %% ../nbs/02_rasa.ipynb #c037
 @classmethod
 def _load_remover(cls, path):
     "Reads what `save` wrote: parameters and head."
@@ -304,13 +311,13 @@ def _check_moments(m):
     if m.count < need: raise ValueError(f"{m.count} images are too few for D={m.embed_dim} on a grid of {m.grid_size}: at least {need} are needed, some hundred are good")
     if m.cov.diagonal().max() <= 1e-12 * max(1, float(m.mean.abs().max()))**2: raise ValueError(f"the tokens of all {m.count} images are constant: nothing to learn from")
 
-# %% ../nbs/02_rasa.ipynb #c038
+# %% ../nbs/02_rasa.ipynb #c039
 class PositionMean(PositionRemover):
     "Subtract the mean token of each grid cell, learned on augmented images."
     def __init__(self, random_state=0): self.random_state = random_state
     def _solve(self, m): return torch.eye(m.embed_dim), m.cell_mean - m.mean
 
-# %% ../nbs/02_rasa.ipynb #c040
+# %% ../nbs/02_rasa.ipynb #c041
 class RASA(PositionRemover):
     "Project out the directions of token space that tell position."
     def __init__(self,
@@ -344,7 +351,7 @@ class RASA(PositionRemover):
         "The paper's recipe: as released, at lr 2e-3."
         return cls(**{**dict(solver="sgd", basis="pairwise", lr=2e-3), **kwargs})
 
-# %% ../nbs/02_rasa.ipynb #c041
+# %% ../nbs/02_rasa.ipynb #c042
 def _check_rasa(self, embed_dim):
     for name, allowed in dict(solver=("closed_form", "sgd"), basis=("global", "pairwise")).items():
         if getattr(self, name) not in allowed: raise ValueError(f"{name}={getattr(self, name)!r}: expected {' or '.join(map(repr, allowed))}")
@@ -365,7 +372,7 @@ def _solve_rasa(self, moments):
 
 RASA._solve = _solve_rasa
 
-# %% ../nbs/02_rasa.ipynb #c043
+# %% ../nbs/02_rasa.ipynb #c044
 def _complement(basis): return torch.eye(len(basis), dtype=basis.dtype) - basis @ basis.T
 
 def orthonormal_targets(targets):  # [gh, gw, T]
@@ -383,7 +390,7 @@ def cross_covariance_basis(
     directions, strength, _ = torch.linalg.svd(moments.cross(orthonormal_targets(targets)), full_matrices=False)
     return directions[:, strength > tol * moments.cov.diagonal().sum().sqrt()]
 
-# %% ../nbs/02_rasa.ipynb #c045
+# %% ../nbs/02_rasa.ipynb #c046
 @dataclass(frozen=True)
 class Evidence:
     "For each direction tested: its strength, the strength chance reaches, and the share of chance draws that reach it."
@@ -398,7 +405,7 @@ class Evidence:
     def table(self): return pd.DataFrame(dict(strength=self.strength, chance=self.chance, p=self.p), index=pd.RangeIndex(1, len(self.p) + 1, name="direction"))
     def _repr_html_(self): return f"<p>{self.rank} directions beyond chance at level {self.level}</p>" + self.table.to_html(border=0, float_format="%.3g")
 
-# %% ../nbs/02_rasa.ipynb #c046
+# %% ../nbs/02_rasa.ipynb #c047
 def position_evidence(
     moments,             # `Moments`; at least 8 of its groups must hold images
     targets,             # [gh, gw, T]
@@ -424,7 +431,7 @@ def _strongest(matrices):
     if matrices.shape[1] < matrices.shape[2]: matrices = matrices.transpose(1, 2)
     return torch.linalg.eigvalsh(matrices.transpose(1, 2) @ matrices)[:, -1].clamp_min(0).sqrt()
 
-# %% ../nbs/02_rasa.ipynb #c055
+# %% ../nbs/02_rasa.ipynb #c056
 def _train_head(
     source,       # epoch -> batches of tokens [b, N, D]
     y,            # targets in [0, 1], [N, T]
@@ -444,7 +451,7 @@ def _train_head(
             losses.append(loss.item())
     return weight.detach(), losses
 
-# %% ../nbs/02_rasa.ipynb #c057
+# %% ../nbs/02_rasa.ipynb #c058
 def _train_rasa(self, source, targets, steps):
     "Trains the heads one after the other; sets `basis_` and `history_` and returns the projector [D, D]."
     y = targets.flatten(0, 1).float()
@@ -462,12 +469,12 @@ def _train_rasa(self, source, targets, steps):
 
 RASA._train = _train_rasa
 
-# %% ../nbs/02_rasa.ipynb #c059
+# %% ../nbs/02_rasa.ipynb #c060
 def _fit_rasa(self, encoder, data, image_size=None, cache_dir=None, **options):
     "Learns from one pass over the images, augmented (solver 'sgd' with `augment_every_epoch`: epochs * n_iter passes), and returns self."
     if self.solver != "sgd": return PositionRemover.fit(self, encoder, data, image_size, **options)
     size = image_size or encoder.image_size; grid = check_image_size(size, encoder.patch_size)
-    source = dict(encoder=encoder.name, image_size=size, data=data.describe(), random_state=self.random_state)
+    source = describe_fit(encoder, size, data, self.random_state)
     if self.augment_every_epoch:
         return self._fit_source(_reencoded(encoder, data, size, self.batch_size, self.random_state), grid, encoder.embed_dim, len(data), source)
     with tempfile.TemporaryDirectory(dir=cache_dir) as folder:
@@ -479,7 +486,7 @@ def _fit_rasa(self, encoder, data, image_size=None, cache_dir=None, **options):
 
 RASA.fit = _fit_rasa
 
-# %% ../nbs/02_rasa.ipynb #c060
+# %% ../nbs/02_rasa.ipynb #c061
 def _fit_tokens(self, patch_tokens, source=None):  # [n, gh, gw, D]
     "Learns from tokens already made and returns self."
     if self.solver != "sgd": return self.fit_moments(Moments(patch_tokens.shape[1:3], patch_tokens.shape[3]).update(patch_tokens))
@@ -496,7 +503,7 @@ def _fit_source(self, batches_of, grid, embed_dim, n, source):
 
 RASA.fit_tokens, RASA._fit_source = _fit_tokens, _fit_source
 
-# %% ../nbs/02_rasa.ipynb #c061
+# %% ../nbs/02_rasa.ipynb #c062
 def _token_store(shape, path):
     "An empty tensor of tokens: in memory in float32, or as a file in float16."
     return torch.empty(shape) if path is None else torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=torch.float16).view(shape)

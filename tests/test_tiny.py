@@ -13,7 +13,6 @@ from papermill.exceptions import PapermillExecutionError
 from rasa_nb import encoders
 
 notebook = Path(__file__).parent.parent / "nbs" / "01a_tiny.ipynb"
-smallest = dict(steps=4, batch_size=4, n_train=24, n_eval=16, eval_every=100, kmeans_seeds=0)
 
 
 def recipe(tmp_path, folder, **parameters):
@@ -53,22 +52,29 @@ def test_it_is_no_random_network(tiny):
     assert position_r2(tiny, Scenes("train", 120, seed=6)).mean["tiny"] > .6
 
 
-def test_twenty_steps_of_the_recipe(tmp_path):
-    nb = recipe(tmp_path, "run", steps=20, eval_every=20)
-    record = json.loads((tmp_path / "run" / "run.json").read_text())
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    "One run of twenty steps without interruption: (the folder above its own, the executed notebook)."
+    tmp = tmp_path_factory.mktemp("tiny")
+    return tmp, recipe(tmp, "whole", steps=20, eval_every=20)
+
+
+def test_twenty_steps_of_the_recipe(whole):
+    tmp, nb = whole
+    record = json.loads((tmp / "whole" / "run.json").read_text())
     assert record["steps"] == 20 and record["params"]["objective"] == "gradients" and record["curve"][-1]["step"] == 20
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {"checkpoint.pt", "run.json", "tiny.safetensors"}
+    assert {p.name for p in (tmp / "whole").iterdir()} == {"checkpoint.pt", "run.json", "tiny.safetensors"}
     model = encoders.tiny_vit()
-    encoders.load_strictly(model, encoders.read_checkpoint(tmp_path / "run" / "tiny.safetensors"))
+    encoders.load_strictly(model, encoders.read_checkpoint(tmp / "whole" / "tiny.safetensors"))
     assert any("image/png" in o.get("data", {}) for c in nb.cells if c.cell_type == "code" for o in c.outputs)
 
 
-def test_an_interrupted_run_ends_with_the_same_weights(tmp_path):
-    recipe(tmp_path, "whole", **smallest)
-    recipe(tmp_path, "parts", stop_after=2, **smallest)
-    assert not (tmp_path / "parts" / "tiny.safetensors").exists()
-    recipe(tmp_path, "parts", **smallest)
-    assert digest(tmp_path / "whole" / "tiny.safetensors") == digest(tmp_path / "parts" / "tiny.safetensors")
+def test_an_interrupted_run_ends_with_the_same_weights(whole):
+    tmp, _ = whole
+    recipe(tmp, "parts", steps=20, eval_every=20, stop_after=7, kmeans_seeds=0)
+    assert not (tmp / "parts" / "tiny.safetensors").exists()
+    recipe(tmp, "parts", steps=20, eval_every=20, kmeans_seeds=0)
+    assert digest(tmp / "whole" / "tiny.safetensors") == digest(tmp / "parts" / "tiny.safetensors")
 
 
 def test_a_misspelt_parameter_is_refused_before_anything_is_computed(tmp_path):
