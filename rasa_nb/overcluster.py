@@ -25,10 +25,9 @@ import seaborn as sns
 from scipy import stats
 from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import KMeans
-from tqdm import tqdm
 
 # %% ../nbs/02c_overcluster.ipynb #c005
-from .data import Evaluation, Transformed, batches
+from .data import Evaluation, Transformed, batches, progress_bar
 from .encoders import check_image_size
 from .rasa import DebiasedEncoder, Moments
 
@@ -589,15 +588,16 @@ def _run_all(encoders, data, todo, protocol, batch_size, num_workers, progress, 
     unwrapped = {name: _unwrap(encoders[name]) for name in dict.fromkeys(key[0] for key in todo)}
     bases = {id(base): base for base, _ in unwrapped.values()}
     store, runs = _announce(bases.values(), data, protocol, store), {}
-    with tempfile.TemporaryDirectory() as temporary, tqdm(total=len(todo), desc="K-means", unit=" runs", disable=not progress) as bar:
+    with tempfile.TemporaryDirectory() as temporary:
         tokens, moments, masks = _encode(bases, data, protocol, store, temporary, batch_size, num_workers, progress)
         _check_masks(masks, data.classes, data.ignore_index, data.name)
-        for name, (base, heads) in unwrapped.items():
-            maps = reduce_tokens(tokens[id(base)], moments[id(base)], protocol, heads, base.device)
-            for (_, k, seed), path in [item for item in todo.items() if item[0][0] == name]:
-                run = cluster_run(maps, masks, k, seed, protocol, data.num_classes, data.ignore_index, name, examples, base.device)
-                if path: _save_run(run, path)
-                runs[name, k, seed] = run; bar.update()
+        with progress_bar(len(todo), "K-means" if progress else None, " runs") as bar:
+            for name, (base, heads) in unwrapped.items():
+                maps = reduce_tokens(tokens[id(base)], moments[id(base)], protocol, heads, base.device)
+                for (_, k, seed), path in [item for item in todo.items() if item[0][0] == name]:
+                    run = cluster_run(maps, masks, k, seed, protocol, data.num_classes, data.ignore_index, name, examples, base.device)
+                    if path: _save_run(run, path)
+                    runs[name, k, seed] = run; bar.update()
         del tokens
     return runs
 
@@ -620,8 +620,9 @@ def overcluster_tokens(
         moments = new_moments(z.shape[1:3], z.shape[3], protocol)
         for chunk in z.split(_images_per_chunk(z[0].numel())): _update(moments, chunk, encoder)
         maps = reduce_tokens(z, moments, protocol, device=device)
-        for n, seed in tqdm([(n, s) for n in ks for s in seeds], encoder, unit=" runs", disable=not progress):
-            runs.append(cluster_run(maps, masks, n, seed, protocol, len(classes), ignore_index, encoder, device=device))
+        with progress_bar(len(ks) * len(seeds), encoder if progress else None, " runs") as bar:
+            for n, seed in [(n, s) for n in ks for s in seeds]:
+                runs.append(cluster_run(maps, masks, n, seed, protocol, len(classes), ignore_index, encoder, device=device)); bar.update()
     return OverclusterResult(runs, protocol, dict(name=name, images=len(masks), num_classes=len(classes), ignore_index=ignore_index), tuple(classes))
 
 # %% ../nbs/02c_overcluster.ipynb #c093

@@ -42,7 +42,7 @@ class Config:
     n_images: int = 0
     image_size: int = 0
     solver: str = "closed_form"
-    targets: str = "coords"
+    targets: str = "auto"
     n_iter: int = 9
     k: object = "auto"
     seeds: int = 5
@@ -70,7 +70,7 @@ def _check_config(c):
             raise ValueError(f"{f.name}={value!r}: expected {dict(int='a whole number', str='text', bool='True or False')[want.__name__]}")
     for name, least in dict(n_images=0, image_size=0, n_iter=1, seeds=1, seed=0).items():
         if getattr(c, name) < least: raise ValueError(f"{name}={getattr(c, name)}: expected at least {least}")
-    for name, allowed in dict(data=("auto", "scenes", "voc"), solver=tuple(SOLVERS), targets=("coords", "fourier", "grid"), device=("", "cpu", "cuda", "mps")).items():
+    for name, allowed in dict(data=("auto", "scenes", "voc"), solver=tuple(SOLVERS), targets=("auto", "coords", "fourier", "grid"), device=("", "cpu", "cuda", "mps")).items():
         if getattr(c, name) not in allowed: raise ValueError(f"{name}={getattr(c, name)!r}: expected one of {', '.join(map(repr, allowed))}")
     check_name(c.model)
     if c.checkpoint and not Path(c.checkpoint).is_file(): raise FileNotFoundError(f"checkpoint={c.checkpoint!r}: no such file")
