@@ -64,7 +64,7 @@ def test_planted_position_goes_on_new_draws(name):
 
 def test_mean_then_rasa_is_both():
     z = tokens_of((4, 5), 10).float(); m = moments_of(z)
-    mean, rasa, both = PositionMean().fit_moments(m), RASA().fit_moments(m), MeanThenRASA().fit_moments(m)
+    mean, rasa, both = PositionMean().fit_moments(m), RASA(targets="coords").fit_moments(m), MeanThenRASA().fit_moments(m)
     assert torch.allclose(both.transform(z), rasa.transform(mean.transform(z)), atol=1e-5)
 
 
