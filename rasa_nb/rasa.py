@@ -21,7 +21,7 @@ from torch.utils.data import Subset
 
 # %% ../nbs/02_rasa.ipynb #c004
 from .data import Transformed, augmentation, batches
-from .encoders import PatchEncoder, check_image_size, load_encoder
+from .encoders import PatchEncoder, check_image_size
 from .identity import fitted_on, warn_if_foreign
 
 # %% ../nbs/02_rasa.ipynb #c005

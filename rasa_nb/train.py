@@ -131,7 +131,8 @@ class Run:
 # %% ../nbs/03_train.ipynb #c019
 def train(config, progress=True) -> Run:
     "Load, fit, measure, show: one run from its parameters. Under torch.distributed all processes fit, and the first returns the run."
-    stages, name = Stages(), run_folder(config)   # an existing folder is refused before the work, not after
+    stages = Stages()
+    run_folder(config)   # an existing folder is refused before the work, not after
     with stages("load"): encoder = load_encoder(config.model, config.checkpoint or None, config.device or None)
     check_image_size(config.pixels, encoder.patch_size)
     learn, score = open_data(config)

@@ -3,7 +3,6 @@ import json
 import subprocess
 import sys
 
-import pytest
 import torch
 
 from rasa_nb.rasa import Moments, RASAHead, RASA

@@ -1,7 +1,5 @@
 """The run as its user starts it: by papermill, with good and with bad parameters."""
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -10,7 +8,7 @@ import pytest
 from papermill.exceptions import PapermillExecutionError
 
 from rasa_nb.rasa import RASA
-from rasa_nb.train import Config, check_names, run_folder, save_run, train
+from rasa_nb.train import Config, run_folder, save_run, train
 
 notebook = Path(__file__).parent.parent / "nbs" / "03_train.ipynb"
 small = dict(n_images=30, k="12,20", seeds=2)
