@@ -15,12 +15,15 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import Subset
 
 # %% ../nbs/02a_baselines.ipynb #c004
-from .data import Transformed, augmentation
+from .data import Transformed, augmentation, batches
 from .encoders import PatchEncoder, check_image_size
 from .identity import fitted_on
-from .rasa import describe_fit, RASA, Moments, PositionMean, PositionRemover, RASAHead, orthonormal_targets, position_targets
+from .moments import Moments, _process, describe_fit, orthonormal_targets, position_targets
+from .head import RASAHead
+from .rasa import RASA, PositionMean, PositionRemover
 from .bias import position_r2, ridge_r2
 from .overcluster import LEOPART, moments_after, overcluster
 
@@ -115,7 +118,7 @@ class MeanThenRASA(PositionRemover):
     def _solve(self, m):
         rasa = RASA("closed_form", self.targets, random_state=self.random_state).fit_moments(m)
         self.basis_ = rasa.basis_
-        return rasa.projector_, m.cell_mean - m.mean
+        return rasa.projector_, PositionMean(random_state=self.random_state).fit_moments(m).head_.offset
 
 # %% ../nbs/02a_baselines.ipynb #c031
 class ShiftAveragedEncoder(PatchEncoder):
@@ -168,10 +171,10 @@ def roster(
     s = dict(random_state=random_state)
     return {"RASA as released": RASA.released(**s), "RASA as in the paper": RASA.paper(**s), "RASA, sgd, global basis": RASA("sgd", basis="global", **s),
             "RASA, closed form": RASA("closed_form", "coords", **s), "RASA, closed form, fourier": RASA("closed_form", "fourier", **s),
-            "RASA, closed form, fourier, full rank": RASA("closed_form", "fourier", rank="all", **s), "LEACE": LEACE("coords", **s), "LEACE, fourier": LEACE("fourier", **s),
+            "RASA, closed form, fourier, full rank": RASA("closed_form", "fourier", rank="all", **s), "RASA, closed form, ridge 0.1": RASA("closed_form", "coords", ridge=.1, **s), "LEACE": LEACE("coords", **s), "LEACE, fourier": LEACE("fourier", **s),
             "blank-image SVD, 4": BlankSVD(4, **s), "blank-image SVD, 10": BlankSVD(10, **s), "blank-image SVD, D/2": BlankSVD(.5, **s),
             "PCA by position, 2": RemovePCA(2, "position", **s), "PCA by variance, 2": RemovePCA(2, "variance", **s),
-            "position mean": PositionMean(**s), "position mean + RASA": MeanThenRASA("coords", **s), "position mean + RASA, fourier": MeanThenRASA("fourier", **s),
+            "position mean": PositionMean(**s), "position mean, whole": PositionMean("all", **s), "position mean + RASA": MeanThenRASA("coords", **s), "position mean + RASA, fourier": MeanThenRASA("fourier", **s),
             "shift averaging, 10": ShiftAverage(10, **s)}
 
 # %% ../nbs/02a_baselines.ipynb #c039
@@ -253,6 +256,7 @@ def compare_methods(
     k=None, seeds=None,   # as in `overcluster`
     image_size=None,      # pixels; None: the encoder's own
     probes=("ridge",),    # as in `position_r2`; "mlp" too tells what is left beyond linear traces, and takes longer
+    protocol=LEOPART,     # of the clusters; its image size is replaced by `image_size`
     batch_size:int=32, num_workers:int=0, progress:bool=False,
 ) -> Comparison:
     "Fits, probes and clusters every method on one encoder."
@@ -262,7 +266,7 @@ def compare_methods(
     encoders = {"none": encoder} | debiased
     r2 = {f"{probe} {kind}": position_r2(encoders, score, kind == "augmented", probe=probe, image_size=size, desc=desc(probe), **reading).mean
           for probe in probes for kind in ("augmented", "upright")}
-    result = overcluster(encoders, score, k, LEOPART.replace(image_size=size), seeds, progress=progress, **reading)
+    result = overcluster(encoders, score, k, protocol.replace(image_size=size), seeds, progress=progress, **reading)
     miou = {name: {int(n): g.miou.tolist() for n, g in one.groupby("k")} for name, one in result.frame.groupby("encoder", sort=False)}
     rank = {"none": 0} | {name: _rank_removed(e) for name, e in debiased.items()}
     return Comparison(encoder.name, learn.describe(), score.describe(), rank, r2, miou, asdict(result.protocol))
@@ -322,14 +326,15 @@ class Auto(PositionRemover):
         return {n: r for n, r in roster(self.random_state).items() if isinstance(r, (LEACE, PositionMean, MeanThenRASA)) or getattr(r, "solver", None) == "closed_form"}
 
     def fit(self, encoder, data, image_size=None, batch_size:int=32, num_workers:int=0, desc=None):
-        "Learns and chooses from one pass over the images, augmented, and returns self."
-        size, seen = image_size or encoder.image_size, 0
-        parts = [Moments(check_image_size(size, encoder.patch_size), encoder.embed_dim) for _ in range(3)]
-        for tokens, _ in encoder.encode(Transformed(data, augmentation(size), self.random_state), batch_size, num_workers, desc):
-            part = (torch.arange(len(tokens)) + seen) % 3; seen += len(tokens)
-            for i in range(3): parts[i].update(tokens[part == i])
+        "Learns and chooses from one pass over the images, augmented, and returns self; under torch.distributed each process takes its share."
+        size, (rank, world) = image_size or encoder.image_size, _process()
+        parts, mine = [Moments(check_image_size(size, encoder.patch_size), encoder.embed_dim) for _ in range(3)], range(rank, len(data), world)
+        shown = Subset(Transformed(data, augmentation(size), self.random_state), mine)
+        for images, _ in batches(shown, batch_size, num_workers, desc) if mine else ():
+            tokens, index, mine = encoder(images), torch.tensor(mine[:len(images)]), mine[len(images):]
+            for i, part in enumerate(parts): part.update(tokens[index % 3 == i], index[index % 3 == i] // 3)
         parts[0].source = describe_fit(encoder, size, data, self.random_state)
-        return self.fit_moments(*parts)
+        return self.fit_moments(*(part.all_reduce() for part in parts))
 
 # %% ../nbs/02a_baselines.ipynb #c059
 def _fit_auto(self, *parts):  # `Moments` of three disjoint sets of images: to fit on, for the probe, to score
@@ -338,7 +343,9 @@ def _fit_auto(self, *parts):  # `Moments` of three disjoint sets of images: to f
     fitted = {name: r.fit_moments(parts[0]) for name, r in self.candidates().items()}
     heads = {"none": RASAHead(torch.eye(parts[0].embed_dim))} | {name: r.head_ for name, r in fitted.items()}
     self.choice_ = _choose_blind(pd.DataFrame([_position_and_content(h, *parts[1:]) for h in heads.values()], list(heads)), self.leak)
-    return PositionRemover.fit_moments(self, sum(parts[1:], parts[0]))
+    PositionRemover.fit_moments(self, sum(parts[1:], parts[0]))
+    self.head_.metadata["choice"] = dict(method=self.choice_.method, reason=self.choice_.reason)
+    return self
 
 def _position_and_content(head, probe, score):
     after = [moments_after(m, head, m.grid_size) for m in (probe, score)]

@@ -350,17 +350,18 @@ class RandomQuarterTurn(v2.Transform):
     def transform(self, inpt, params): return tv_tensors.wrap(torch.rot90(inpt, params["k"], (-2, -1)), like=inpt)
 
 def augmentation(
-    image_size:int|tuple,  # pixels of the result: one number for a square, or (height, width)
+    image_size:int|tuple,    # pixels of the result: one number for a square, or (height, width)
+    kind:str="published",    # "published": turns, flips, crops, colours, blur; "turns": turns and flips of the whole image alone
 ):
-    "Returns the post-training augmentation of RASA: uint8 image of any size -> float image [3, H, W] in [0, 1]."
-    return v2.Compose([
-        RandomQuarterTurn(),
-        v2.RandomResizedCrop(_pair(image_size), scale=(.25, 1), antialias=True),
-        v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(),
+    "Returns a post-training augmentation of RASA: uint8 image of any size -> float image [3, H, W] in [0, 1]."
+    turns = [RandomQuarterTurn(), v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()]
+    kinds = dict(turns=[*turns, v2.Resize(_pair(image_size), antialias=True)], published=[
+        turns[0], v2.RandomResizedCrop(_pair(image_size), scale=(.25, 1), antialias=True), *turns[1:],
         v2.RandomApply([v2.ColorJitter(.4, .4, .2, .1)], p=.8),
         v2.RandomGrayscale(p=.2),
-        v2.RandomApply([v2.GaussianBlur(9, sigma=(.1, 2.))], p=.5),
-        v2.ToDtype(torch.float32, scale=True)])
+        v2.RandomApply([v2.GaussianBlur(9, sigma=(.1, 2.))], p=.5)])
+    if kind not in kinds: raise ValueError(f"augment={kind!r}: expected 'published' or 'turns'")
+    return v2.Compose([*kinds[kind], v2.ToDtype(torch.float32, scale=True)])
 
 # %% ../nbs/00_data.ipynb #c052
 class Transformed(SegmentationData):

@@ -16,7 +16,7 @@ from torch import nn
 
 # %% ../nbs/02e_deploy.ipynb #c004
 from .encoders import check_image_size
-from .rasa import DebiasedEncoder, RASAHead, _load_head
+from .head import DebiasedEncoder, RASAHead, _load_head
 
 # %% ../nbs/02e_deploy.ipynb #c005
 from huggingface_hub import HfApi

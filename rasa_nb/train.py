@@ -21,6 +21,7 @@ import torch.distributed as dist
 from .data import Scenes, VOCSegmentation
 from .encoders import check_image_size, check_name, load_encoder
 from .rasa import RASA, PositionMean
+from .baselines import Auto
 from .bias import PositionR2, position_r2
 from .overcluster import LEOPART, OverclusterResult, overcluster
 from .visualize import similarity_maps
@@ -29,7 +30,8 @@ from .visualize import similarity_maps
 SOLVERS = dict(closed_form=lambda c: RASA("closed_form", c.targets, random_state=c.seed),
                sgd=lambda c: RASA("sgd", c.targets, c.n_iter, random_state=c.seed),
                released=lambda c: RASA.released(random_state=c.seed),
-               position_mean=lambda c: PositionMean(random_state=c.seed))
+               position_mean=lambda c: PositionMean(random_state=c.seed),
+               auto=lambda c: Auto(random_state=c.seed))
 
 @dataclass(frozen=True)
 class Config:
@@ -138,6 +140,7 @@ def train(config, progress=True) -> Run:
     learn, score = open_data(config)
     with stages("fit", len(learn)): remover = config.remover.fit(encoder, learn, config.pixels, desc="fit" if progress else None)
     if dist.is_initialized() and dist.get_rank(): return None   # one process measures and saves
+    if hasattr(remover, "choice_"): print(f"auto: {remover.choice_.method or 'nothing removed'}. {remover.choice_.reason}", flush=True)
     encoders = {"before": encoder, "after": remover.attach(encoder)}
     with stages("position R²", len(score)): r2 = position_r2(encoders, score, image_size=config.pixels, desc="position" if progress else None)
     with stages("overcluster", len(score)):

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from rasa_nb.bias import position_r2, ridge_r2
-from rasa_nb.data import Scenes
+from rasa_nb.data import Scenes, augmentation
 from rasa_nb.encoders import PatchEncoder
-from rasa_nb.rasa import (DebiasedEncoder, Moments, PositionMean, RASA, RASAHead, cross_covariance_basis, encode_together,
+from rasa_nb.rasa import (DebiasedEncoder, Moments, PositionMean, RASA, RASAHead, collect_moments, cross_covariance_basis, encode_together,
                           orthonormal_targets, position_evidence, position_targets)
 
 grids = st.tuples(st.integers(1, 7), st.integers(1, 7)).filter(lambda g: g[0] * g[1] > 1)
@@ -66,7 +66,7 @@ def test_projector_is_a_projector(grid, d, targets):
 @given(grid=grids, seed=st.integers(0, 99))
 def test_after_the_position_mean_no_function_of_the_cell_is_left(grid, seed):
     z = tokens_of(grid, 6, seed=seed)
-    left = moments_of(PositionMean().fit_moments(moments_of(z)).transform(z.float()))
+    left = moments_of(PositionMean("all").fit_moments(moments_of(z)).transform(z.float()))
     assert left.cross(position_targets(grid, "grid")).abs().max() < 1e-5
     assert torch.allclose(left.mean, moments_of(z).mean, atol=1e-4)   # the overall mean stays
 
@@ -185,6 +185,10 @@ def test_bad_input():
                         (lambda: RASA().fit_moments(moments_of(z[:1])), "1 images are too few"),
                         (lambda: RASA().fit_moments(Moments((4, 4), 6)), "0 images are too few"),
                         (lambda: RASA("sgd", n_iter=4).fit_tokens(z), "n_iter=4: expected 1 to 3"),
+                        (lambda: RASA("sgd", "fourier", n_iter=1).fit_tokens(z), "n_iter=1: expected 1 to 0, since each head takes 7 of the 6"),
+                        (lambda: RASA(ridge=-1).fit_moments(moments_of(z)), "ridge=-1: expected None or a number from 0"),
+                        (lambda: PositionMean("some").fit_moments(moments_of(z)), "rank='some': expected 'evidence' or 'all'"),
+                        (lambda: augmentation(96, "none"), "augment='none': expected 'published' or 'turns'"),
                         (lambda: RASA("sgd").fit_moments(moments_of(z)), "use fit"),
                         (lambda: RASA(basis="all").fit_moments(moments_of(z)), "basis='all'"),
                         (lambda: RASA(targets="polar").fit_moments(moments_of(z)), "'polar'"),
@@ -228,3 +232,32 @@ def test_rank_by_evidence_number_or_all():
     assert [RASA(targets="fourier", rank=r).fit_moments(moments_of(z)).basis_.shape[1] for r in ("evidence", "all", 1, 0)] == [2, 7, 1, 0]
     with pytest.raises(ValueError, match="rank='most'"): RASA(rank="most").fit_moments(moments_of(z))
     with pytest.raises(ValueError, match="6 images are too few to tell position from chance"): RASA().fit_moments(moments_of(z[:6]))
+
+
+def test_the_mean_subtracts_only_what_is_beyond_chance():
+    "In 40 draws each: nothing where nothing leaks, and three components where three were planted; at most 2 wrong."
+    found = {share: [len([p for p in PositionMean().fit_moments(moments_of(smooth_tokens(seed, share=share, rank=3))).evidence_.p if p <= .01]) for seed in range(40)] for share in (0., .6)}
+    assert sum(r != 0 for r in found[0.]) <= 2 and sum(r != 3 for r in found[.6]) <= 2, found
+
+
+def test_ridge_leads_from_least_squares_to_the_cross_covariance():
+    z = smooth_tokens(0, share=.6); m, t = moments_of(z), orthonormal_targets(position_targets((8, 8)))
+    basis = lambda ridge, **kw: RASA(targets="coords", rank="all", ridge=ridge, **kw).fit_moments(m).basis_
+    same_plane = lambda a, b: float(torch.linalg.svdvals(a.T @ b).min()) > 1 - 1e-6
+    solved = np.linalg.lstsq((z - z.mean((0, 1, 2))).flatten(0, 2).numpy().astype(float), t.expand(len(z), -1, -1, -1).flatten(0, 2).numpy(), rcond=None)[0]
+    assert same_plane(basis(0, n_iter=1), torch.linalg.qr(torch.from_numpy(solved))[0])
+    assert same_plane(basis(1e9, n_iter=1), basis(None)) and not same_plane(basis(0, n_iter=1), basis(None))
+    assert basis(0, n_iter=4).shape[1] == 8 and torch.allclose(basis(0, n_iter=4).T @ basis(0, n_iter=4), torch.eye(8).double(), atol=1e-9)
+    left = lambda ridge: float(ridge_r2(*(moments_of(RASA(targets="coords", ridge=ridge).fit_moments(m).transform(smooth_tokens(s, share=.6))) for s in (0, 1)), position_targets((8, 8))).mean())
+    assert left(None) < .05
+    assert RASA(targets="coords", ridge=.1).fit_moments(moments_of(smooth_tokens(0))).basis_.shape[1] == 0   # nothing to find: no round begins
+
+
+def test_turns_keep_every_pixel_and_are_remembered(tiny):
+    pixel = PatchEncoder(torch.nn.Identity(), lambda m, x: m(x).permute(0, 2, 3, 1), 3, 1, image_size=96)
+    scenes = Scenes("train", 16)
+    total = lambda augment: collect_moments(pixel, scenes, augment=augment)
+    assert torch.allclose(total("turns").mean, torch.stack([scenes[i][0].double().mean((1, 2)) / 127.5 - 1 for i in range(16)]).mean(0), atol=1e-5)
+    assert not torch.allclose(total("published").mean, total("turns").mean, atol=1e-6) and total("turns").source["augment"] == "turns"
+    head = RASA(rank="all").fit(tiny, Scenes("train", 20), augment="turns").head_
+    assert head.metadata["fitted_on"]["augment"] == "turns"
