@@ -125,7 +125,7 @@ def _pretrained(name, label, **kwargs):
     return _create(name, pretrained=True, **kwargs)
 
 # %% ../nbs/01_encoders.ipynb #c026
-TINY_SHA256 = "f0d811efa2a15ca09e4a2c9743497aa45bbb32fd03e73942475071fb8ca36b0d"
+TINY_SHA256 = "fd8e022137ffd7e7041846efe6947aafb5301c6f64e316053919c1e23246f731"
 _tiny_file = Path(__file__).parent / "weights" / "tiny.safetensors" if "__file__" in globals() else Path("../rasa_nb/weights/tiny.safetensors")
 
 def tiny_vit() -> nn.Module:
