@@ -200,7 +200,7 @@ def fit_together(
         else: r.fit_moments(moments)
     return {name: r.attach(encoder, name) for name, r in removers.items()}
 
-# %% ../nbs/02a_baselines.ipynb #c045
+# %% ../nbs/02a_baselines.ipynb #c053
 @dataclass(frozen=True, repr=False)
 class Comparison:
     "Every method on one encoder: position left and mIoU, with the untouched encoder as 'none'."
@@ -230,7 +230,7 @@ class Comparison:
     def to_dict(self): return asdict(self) | dict(mean={n: {k: self.mean(n, k) for k in v} for n, v in self.miou.items()},
                                                   std={n: {k: self.std(n, k) for k in v} for n, v in self.miou.items()})
 
-# %% ../nbs/02a_baselines.ipynb #c046
+# %% ../nbs/02a_baselines.ipynb #c054
 def _caption(self):
     seeds = len(next(iter(next(iter(self.miou.values())).values())))
     return (f"{self.encoder}: fitted on {self.learned['images']} images of {self.learned['name']}, scored on {self.scored['images']} of {self.scored['name']}; "
@@ -247,7 +247,7 @@ def _comparison_html(self): return self.table.style.format(precision=3, na_rep="
 
 Comparison._caption, Comparison.to_markdown, Comparison._repr_html_ = _caption, _to_markdown, _comparison_html
 
-# %% ../nbs/02a_baselines.ipynb #c047
+# %% ../nbs/02a_baselines.ipynb #c055
 def compare_methods(
     encoder,              # a `PatchEncoder`
     learn,                # images to learn from
@@ -275,7 +275,7 @@ def _rank_removed(encoder):
     if not hasattr(encoder, "head"): return None
     return encoder.head.embed_dim - int(torch.linalg.matrix_rank(encoder.head.projector, atol=1e-3))
 
-# %% ../nbs/02a_baselines.ipynb #c051
+# %% ../nbs/02a_baselines.ipynb #c059
 @dataclass(frozen=True)
 class Choice:
     "A method, why it was taken, and what was found on the way."
@@ -304,7 +304,7 @@ def _harms(method, comparisons):
     return [f"{c.encoder} K={k}" for c in comparisons for k in c.miou[method]
             if c.mean(method, k) < c.mean("none", k) - max(c.std(method, k), c.std("none", k))]
 
-# %% ../nbs/02a_baselines.ipynb #c055
+# %% ../nbs/02a_baselines.ipynb #c066
 def content_in(
     moments,    # `Moments`
 ) -> float:
@@ -312,7 +312,7 @@ def content_in(
     cells = (moments.cell_mean - moments.mean).flatten(0, 1)
     return float(moments.cov.trace() - cells.square().sum() / len(cells))
 
-# %% ../nbs/02a_baselines.ipynb #c058
+# %% ../nbs/02a_baselines.ipynb #c069
 class Auto(PositionRemover):
     "Choose a method without labels: `choice_` says which, why, and what the others left."
     def __init__(self,
@@ -336,7 +336,7 @@ class Auto(PositionRemover):
         parts[0].source = describe_fit(encoder, size, data, self.random_state)
         return self.fit_moments(*(part.all_reduce() for part in parts))
 
-# %% ../nbs/02a_baselines.ipynb #c059
+# %% ../nbs/02a_baselines.ipynb #c070
 def _fit_auto(self, *parts):  # `Moments` of three disjoint sets of images: to fit on, for the probe, to score
     "Learns and chooses from sums already made and returns self."
     if len(parts) != 3: raise ValueError(f"{len(parts)} moments: expected three, of disjoint images (to fit on, for the probe, to score), or use fit(encoder, data)")
@@ -352,7 +352,7 @@ def _position_and_content(head, probe, score):
     r2 = ridge_r2(*after, position_targets(score.grid_size)).nanmean()   # nan: a grid of one row has no row to tell
     return dict(r2=float(r2), content=content_in(after[1]) / content_in(score))
 
-# %% ../nbs/02a_baselines.ipynb #c060
+# %% ../nbs/02a_baselines.ipynb #c071
 def _choose_blind(table, leak):
     "The rule of `Auto` on a table with columns r2 and content, a row per method and one called 'none'."
     raw, least = table.r2["none"], table.r2.drop("none").min()

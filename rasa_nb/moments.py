@@ -94,6 +94,7 @@ class Moments:
         if self.cell_sums.shape != other.cell_sums.shape: raise ValueError(f"{self} and {other} do not add up: another grid, dimension or number of groups")
         both = copy.copy(self)
         for name in ("counts", "cell_sums", "second"): setattr(both, name, getattr(self, name) + getattr(other, name))
+        both.source = self.source | {k: [self.source.get(k), v] for k, v in other.source.items() if v != self.source.get(k)}
         return both
 
 # %% ../nbs/01c_moments.ipynb #c016
