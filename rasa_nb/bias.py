@@ -57,16 +57,16 @@ class _RidgeProbe:
     def score(self): return ridge_r2(*self.halves, position_targets(self.halves[0].grid_size)).tolist()
 
 class _MLPProbe:
-    "The same on 32 random tokens of each image."
+    "The same on 64 random tokens of each image."
     def __init__(self, grid_size, embed_dim): self.t, self.z, self.y, self.g = position_targets(grid_size).flatten(0, 1), [], [], torch.Generator().manual_seed(0)
     def update(self, z):
         for one in z.flatten(1, 2).cpu():
-            cells = torch.randperm(len(one), generator=self.g)[:32]
+            cells = torch.randperm(len(one), generator=self.g)[:64]
             self.z.append(one[cells].numpy()); self.y.append(self.t[cells].numpy())
     def score(self):
         (x, y), (x2, y2) = ((np.concatenate(self.z[i::2]), np.concatenate(self.y[i::2])) for i in range(2))
         if len(x) < 20: raise ValueError(f"{len(x)} tokens are too few to fit the mlp probe: give more images, or probe='ridge'")
-        network = MLPRegressor(hidden_layer_sizes=(128,), early_stopping=True, learning_rate_init=3e-3, max_iter=400, random_state=0)
+        network = MLPRegressor(hidden_layer_sizes=(128,), alpha=1, learning_rate_init=3e-3, early_stopping=True, n_iter_no_change=5, max_iter=400, random_state=0)
         r2 = r2_score(y2, make_pipeline(StandardScaler(), network).fit(x, y).predict(x2), multioutput="raw_values")
         return np.where(y.std(0) > 0, r2, np.nan).tolist()
 
@@ -311,9 +311,12 @@ def cluster_tokens(
 ) -> torch.Tensor:       # int [n, gh, gw]
     "Returns the cluster of each token by mini-batch K-means."
     z = _checked(patch_tokens).flatten(0, 2).cpu().numpy()
-    if not 2 <= k <= len(z) // 5: raise ValueError(f"k={k}: expected 2 to {len(z) // 5} clusters for {len(z)} tokens; take more images or a smaller k")
+    _check_k(k, len(z))
     labels = MiniBatchKMeans(k, batch_size=4096, n_init=1, random_state=random_state).fit_predict(z)
     return torch.from_numpy(labels).long().view(patch_tokens.shape[:3])
+
+def _check_k(k, tokens):
+    if not 2 <= k <= tokens // 5: raise ValueError(f"k={k}: expected 2 to {tokens // 5} clusters for {tokens} tokens; take more images or a smaller k")
 
 # %% ../nbs/02b_bias.ipynb #c065
 @dataclass(frozen=True)
@@ -336,7 +339,7 @@ def token_norms(
 
 def _norm_summary(norms, times=3.):
     median = float(norms.median())
-    return TokenNorms(median, float(norms.max()), float((norms > times * median).float().mean()), float(times))
+    return TokenNorms(median, float(norms.max()), float((norms > times * median).double().mean()), float(times))
 
 # %% ../nbs/02b_bias.ipynb #c068
 class _Meters:
@@ -344,7 +347,9 @@ class _Meters:
     def __init__(self, grid, d, n, k, mlp, max_tokens, random_state):
         self.probes = {name: _probes[name](grid, d) for name in ["ridge", *["mlp"] * mlp]}
         self.sums, self.units, self.norms, self.kept = CellSums(grid, d), CellSums(grid, d), [], []
-        self.keep, self.seen, self.k, self.random_state = set(np.linspace(0, n - 1, min(n, max(2, max_tokens // math.prod(grid)))).round().astype(int)), 0, k, random_state
+        self.keep = set(np.linspace(0, n - 1, min(n, max(2, max_tokens // math.prod(grid)))).round().astype(int).tolist())   # images
+        self.seen, self.k, self.random_state = 0, k, random_state
+        _check_k(k, len(self.keep) * math.prod(grid))
 
     def update(self, z):
         for p in self.probes.values(): p.update(z)
@@ -409,7 +414,8 @@ def _show_report(self):
     for ax, measure in zip(axes.flat, shown): _panel(ax, measure, *(self.table[kind][measure] for kind in ("augmented", "upright")))
     axes[0, 0].set(yticks=range(len(self.encoders)), yticklabels=self.encoders); axes[0, 0].invert_yaxis()
     axes[0, 0].set_ylim(len(self.encoders) - .4, -.6)
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    fig.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=2, frameon=False)
     sns.despine(fig, left=True); plt.close(fig)
     return fig
 
