@@ -382,7 +382,7 @@ class PositionReport:
     def __repr__(self): return f"PositionReport of {', '.join(self.encoders)}: {self.images} images of {self.data['name']}, {self.k} clusters\n{self.table.T.round(3)}"
     def _repr_html_(self):
         head = f"<p>Position in patch tokens, {self.images} images of {self.data['name']}, {self.k} clusters</p>"
-        return head + "".join(f"<p>{kind} images</p>" + self.table[kind].rename(columns=_titles).to_html(border=0, float_format="%.3g") for kind in self.measures)
+        return head + "".join(f"<p>{kind} images</p>" + self.table[kind].rename(columns=_titles).to_html(border=0, float_format="%.3f") for kind in self.measures)
 
 # %% ../nbs/02b_bias.ipynb #c071
 def position_report(
