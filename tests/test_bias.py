@@ -154,7 +154,7 @@ def reports():
     "One report of encoders of growing share, with two kinds of plant and two grids."
     torch.manual_seed(0)
     encoders = {f"coordinates {s}": encoder_of(lambda n, s=s: coordinates(s, n)) for s in SHARES}
-    encoders |= {f"prototypes {s}": encoder_of(lambda n, s=s: prototypes(s, n, (2, 3)), d=6, patch=16) for s in SHARES}
+    encoders |= {f"prototypes {s}": encoder_of(lambda n, s=s: prototypes(s**.5, n, (2, 3)), d=6, patch=16) for s in SHARES}
     return position_report(encoders, Blank(150), k=12, image_size=(32, 48))
 
 
@@ -168,12 +168,14 @@ def test_every_measure_is_near_zero_without_position_and_grows_with_it(reports, 
 
 
 def test_report_returns_the_planted_shares(reports):
-    "Coordinates are `share` of the variance; prototypes move a cell's mean by share, so its variance by share squared."
+    "Coordinates are `share` of the variance; prototypes kept with chance p move a cell's mean by p, so p squared is the share."
     for kind in ("augmented", "upright"):
         for s in SHARES:
             one, other = reports.table[kind].loc[f"coordinates {s}"], reports.table[kind].loc[f"prototypes {s}"]
             for m in ("ridge_row", "ridge_col", "mlp_row", "mlp_col", "variance_share"): assert abs(one[m] - s) < .07, (m, one[m], s)
-            assert abs(other.variance_share - s**2) < .06 and abs(other.cosine_gap - s**2 * 6 / 5) < .08
+            for m in ("ridge_row", "ridge_col", "variance_share"): assert abs(other[m] - s) < .12, (m, other[m], s)
+            q, r = s**.5 + (1 - s**.5) / 6, (1 - s**.5) / 6
+            assert abs(other.spatial_entropy - -(q * math.log(q) + 5 * r * math.log(r)) / math.log(6)) < .06
 
 
 def test_report_holds_what_the_single_measures_say(tiny):
