@@ -2,7 +2,7 @@ __version__ = "0.0.1"
 from .data import Scenes, VOCSegmentation, ImageFolder, ImageMaskFolder
 from .encoders import PatchEncoder, load_encoder
 from .rasa import Moments, PositionMean, RASA, RASAHead
-from .bias import position_r2
+from .bias import layer_r2, position_r2, position_report
 from .overcluster import LEOPART, overcluster
 from .visualize import similarity_maps
 from .baselines import LEACE, Auto, BlankSVD, MeanThenRASA, RemovePCA, ShiftAverage, compare_methods
