@@ -175,12 +175,13 @@ def _figure(self:Explorer):
     pictures = [self.query] if self._target is None else [self.query, self.target]
     maps, n = self.similarity(), len(pictures) + len(self.shown)
     rows, columns = -(-n // 4), min(n, 4)
-    fig, axes = plt.subplots(rows, columns, figsize=(2 * columns + .8, 2.1 * rows), squeeze=False, layout="constrained", dpi=90)
+    tall = max(x.shape[1] / x.shape[2] for x in (self.images[self.query], self.images[self.target]))
+    fig, axes = plt.subplots(rows, columns, figsize=(2 * columns + .8, rows * min(4, 2 * tall + .3) + .1), squeeze=False, layout="constrained", dpi=90)
     for ax in axes.flat: ax.set_axis_off()
     for ax, name in zip(axes.flat, pictures): ax.imshow(_bytes(self.images[name])); ax.set_title(name, fontsize=9)
     axes.flat[0].plot(*self.point, "o", mfc="white", mec="black", ms=7)
     for ax, (name, values) in zip(axes.flat[len(pictures):], maps.items()): drawn = self._draw_map(ax, name, values)
-    fig.colorbar(drawn, ax=axes, label=self.scale, aspect=30)
+    fig.colorbar(drawn, ax=axes, aspect=15).set_label(self.scale.replace(", ", "\n"), fontsize=8)
     plt.close(fig)  # a notebook shows what a cell returns; an open figure would be shown a second time
     return fig
 
@@ -190,12 +191,12 @@ Explorer.figure = _figure
 def _draw_map(self:Explorer, ax, name, values):
     height, width = self.images[self.target].shape[1:]
     gh, gw = values.shape
-    drawn = ax.imshow(values, extent=(0, width, height, 0), vmin=-1, vmax=1, cmap="viridis", interpolation="nearest")
+    drawn = ax.imshow(values.numpy(), extent=(0, width, height, 0), vmin=-1, vmax=1, cmap="viridis", interpolation="nearest")
     if self._target is None:
         row, column = _cell(self.at, (gh, gw))
         for colour, line in (("black", 3), ("white", 1.5)):
             ax.add_patch(plt.Rectangle((column * width / gw, row * height / gh), width / gw, height / gh, fill=False, ec=colour, lw=line))
-    ax.set_title(" ".join([name, *filter(None, [self._view(name)[1]])]), fontsize=9)
+    ax.set_title(", ".join(filter(None, [name, self._view(name)[1]])), fontsize=9)
     return drawn
 
 def _scale(self): return "cosine similarity" + ", mean removed" * self.centre
@@ -218,7 +219,7 @@ def _save(self:Explorer,
 
 Explorer.png, Explorer.save = _png, _save
 
-# %% ../nbs/02f_explorer.ipynb #c043
+# %% ../nbs/02f_explorer.ipynb #c045
 _basics_js = """
 function make(tag, options = {}, ...children) {
   const node = document.createElement(tag);
@@ -244,7 +245,7 @@ function frame(mark, [row, column], [rows, columns]) {
 }
 """
 
-# %% ../nbs/02f_explorer.ipynb #c045
+# %% ../nbs/02f_explorer.ipynb #c047
 _panel_js = """
 function makePanel(picture, label, marks, onPoint, grid) {
   const area = make("div", {className: "area", tabIndex: 0, role: "application", "aria-label": label}, picture, ...marks);
@@ -268,12 +269,12 @@ function makePanel(picture, label, marks, onPoint, grid) {
 }
 """
 
-# %% ../nbs/02f_explorer.ipynb #c047
+# %% ../nbs/02f_explorer.ipynb #c049
 _controls_js = """
 function makeControls(about, choose, download) {
   const bar = make("div", {className: "controls"}), set = [];
   const select = (label, key, options) => {
-    const box = make("select", {onchange: () => choose({[key]: options[box.selectedIndex][0]})}, ...options.map(([, text]) => make("option", {}, text)));
+    const box = make("select", {"aria-label": label, onchange: () => choose({[key]: options[box.selectedIndex][0]})}, ...options.map(([, text]) => make("option", {}, text)));
     set.push(choice => { box.selectedIndex = options.findIndex(([value]) => value === choice[key]); });
     bar.append(make("label", {}, label + " ", box));
   };
@@ -293,7 +294,7 @@ function makeControls(about, choose, download) {
 }
 """
 
-# %% ../nbs/02f_explorer.ipynb #c049
+# %% ../nbs/02f_explorer.ipynb #c051
 _maps_js = """
 function makeMaps(region, targetMark, colours, say) {
   let panels = {}, answer, cursor;
@@ -311,13 +312,13 @@ function makeMaps(region, targetMark, colours, say) {
   const add = name => {
     const canvas = make("canvas"), query = make("div", {className: "mark"}), hover = make("div", {className: "mark hover", hidden: true});
     const panel = makePanel(canvas, `Similarity map of ${name}. Arrow keys read its values.`, [query, hover], read, () => answer.maps.find(m => m.name === name).grid);
-    const value = make("output", {title: "value under the cursor"}, "\\u2013"), label = make("strong");
+    const value = make("output", {title: "value under the cursor"}), label = make("strong");
     panel.caption.append(label, value);
     return panels[name] = {...panel, canvas, query, hover, value, label};
   };
 """
 
-# %% ../nbs/02f_explorer.ipynb #c050
+# %% ../nbs/02f_explorer.ipynb #c052
 _maps_js += """
   return next => {
     answer = next; panels = Object.fromEntries(answer.maps.map(({name}) => [name, panels[name] ?? add(name)]));
@@ -338,7 +339,7 @@ _maps_js += """
 }
 """
 
-# %% ../nbs/02f_explorer.ipynb #c052
+# %% ../nbs/02f_explorer.ipynb #c054
 _scale_js = """
 function makeScale(about, colours) {
   const bar = make("canvas", {className: "bar", "aria-hidden": "true"});
@@ -349,17 +350,23 @@ function makeScale(about, colours) {
 
 function describe(answer) {
   if (answer.error) return answer.error;
-  const places = answer.maps.map(({name, cell, query_grid}) => `${name} row ${cell[0] + 1} of ${query_grid[0]}, column ${cell[1] + 1} of ${query_grid[1]}`);
-  return `Patch of ${answer.query}: ${[...new Set(places)].join("; ")}`;
+  const places = new Map();   // encoders of one grid are named together
+  for (const {name, cell, query_grid} of answer.maps) {
+    const place = `row ${cell[0] + 1} of ${query_grid[0]}, column ${cell[1] + 1} of ${query_grid[1]}`;
+    places.set(place, [...places.get(place) ?? [], name]);
+  }
+  const parts = [...places].map(([place, names]) => places.size > 1 ? `${place} (${names.join(", ")})` : place);
+  return `Patch of ${answer.query}: ${parts.join("; ")}`;
 }
 """
 
-# %% ../nbs/02f_explorer.ipynb #c054
+# %% ../nbs/02f_explorer.ipynb #c056
 _render_js = """
 function render({model, el}) {
   const about = model.get("about"), colours = model.get("colours"), urls = {}, id = String(Math.random());
   for (const [name, view] of Object.entries(model.get("pictures"))) urls[name] = URL.createObjectURL(new Blob([view]));
-  const status = make("div", {className: "status", role: "status"}), say = text => { status.textContent = text; };
+  const status = make("div", {className: "status", role: "status"}), say = text => { clearTimeout(speaking); speaking = setTimeout(() => { status.textContent = text; }, 100); };
+  let speaking, waiting, shown;
   const choice = () => model.get("choice"), answered = () => model.get("answer");
   const choose = change => { model.set("choice", {...choice(), ...change}); model.save_changes(); };
 
@@ -374,17 +381,20 @@ function render({model, el}) {
     controls.bar, make("div", {className: "panels"}, query.figure, target, region), makeScale(about, colours), status));
 """
 
-# %% ../nbs/02f_explorer.ipynb #c055
+# %% ../nbs/02f_explorer.ipynb #c057
 _render_js += """
   const showChoice = () => {
     const {at, query: name, target: second} = choice();
     Object.assign(dot.style, {left: `${100 * at[0]}%`, top: `${100 * at[1]}%`});
-    query.set(at); picture.src = urls[name]; query.caption.textContent = name;
+    query.set(at); clearTimeout(waiting); waiting = setTimeout(() => region.setAttribute("aria-busy", "true"), 300);
+    const rest = JSON.stringify({...choice(), at: 0});   // the same throughout a drag
+    if (rest === shown) return;
+    shown = rest; picture.src = urls[name]; query.caption.textContent = name;
     target.hidden = second === ""; other.src = urls[second || name]; target.lastChild.textContent = second;
-    controls.sync(choice()); region.setAttribute("aria-busy", "true");
+    controls.sync(choice());
   };
   const showAnswer = () => {
-    region.setAttribute("aria-busy", "false");
+    clearTimeout(waiting); region.setAttribute("aria-busy", "false");
     if (!answered().error) drawMaps(answered());
     say(describe(answered()));
   };
@@ -404,16 +414,16 @@ _render_js += """
 export default {render};
 """
 
-# %% ../nbs/02f_explorer.ipynb #c057
+# %% ../nbs/02f_explorer.ipynb #c059
 _css = """
-.rasa-explorer {color: var(--jp-content-font-color1, inherit); font: 13px/1.4 var(--jp-ui-font-family, system-ui, sans-serif); padding: 4px 0}
+.rasa-explorer {color: var(--jp-content-font-color1, inherit); font: 13px/1.4 var(--jp-ui-font-family, system-ui, sans-serif); padding: 4px; contain: layout}
 .rasa-explorer .controls {display: flex; flex-wrap: wrap; gap: 6px 16px; align-items: center; margin-bottom: 8px}
 .rasa-explorer .controls label {white-space: nowrap; margin-right: 8px}
 .rasa-explorer select, .rasa-explorer button {font: inherit; color: inherit; background: var(--jp-layout-color1, Canvas); border: 1px solid var(--jp-border-color0, #888); border-radius: 3px; padding: 2px 6px}
 .rasa-explorer input {vertical-align: -2px; margin: 0 2px 0 0; accent-color: var(--jp-brand-color1, #1976d2)}
-.rasa-explorer .panels, .rasa-explorer .maps {display: flex; flex-wrap: wrap; gap: 12px; align-items: flex-start}
-.rasa-explorer .maps {transition: opacity .2s}
-.rasa-explorer .maps[aria-busy=true] {opacity: .5; transition-delay: .3s}
+.rasa-explorer .panels {display: flex; flex-wrap: wrap; gap: 12px; align-items: flex-start}
+.rasa-explorer .maps {display: contents}
+.rasa-explorer .maps[aria-busy=true] figure {opacity: .5}
 .rasa-explorer figure {margin: 0; width: var(--picture)}
 .rasa-explorer [hidden] {display: none}
 .rasa-explorer .area {position: relative; overflow: hidden; touch-action: none; user-select: none; line-height: 0}
@@ -423,7 +433,7 @@ _css = """
 .rasa-explorer :focus-visible {outline: 2px solid var(--jp-brand-color1, #1976d2); outline-offset: 2px}
 """
 
-# %% ../nbs/02f_explorer.ipynb #c058
+# %% ../nbs/02f_explorer.ipynb #c060
 _css += """
 .rasa-explorer .mark, .rasa-explorer .dot {position: absolute; pointer-events: none; box-sizing: border-box}
 .rasa-explorer .mark {outline: 2px solid white; box-shadow: 0 0 0 3.5px black}
@@ -439,12 +449,12 @@ _css += """
 .rasa-explorer .status {min-height: 1.4em; margin-top: 2px; color: var(--jp-content-font-color2, inherit)}
 """
 
-# %% ../nbs/02f_explorer.ipynb #c060
+# %% ../nbs/02f_explorer.ipynb #c062
 class _Widget(anywidget.AnyWidget):
     "What the browser shows of an `Explorer`."
     _esm, _css = "".join([_basics_js, _panel_js, _controls_js, _maps_js, _scale_js, _render_js]), _css
     pictures, about, colours = traitlets.Dict().tag(sync=True), traitlets.Dict().tag(sync=True), traitlets.Bytes().tag(sync=True)
-    choice, answer = traitlets.Dict().tag(sync=True), traitlets.Dict().tag(sync=True)
+    choice, answer = traitlets.Dict().tag(sync=True, echo_update=False), traitlets.Dict().tag(sync=True)
 
     def __init__(self, explorer):
         colours = (plt.get_cmap("viridis")(np.arange(256))[:, :3] * 255).round().astype(np.uint8).tobytes()
@@ -454,7 +464,7 @@ class _Widget(anywidget.AnyWidget):
         self.explorer = explorer
         self.observe(self.chosen, "choice"); self.on_msg(self.asked)
 
-# %% ../nbs/02f_explorer.ipynb #c061
+# %% ../nbs/02f_explorer.ipynb #c063
 def _chosen(self:_Widget, change):
     "A choice has come from the browser."
     try: self.explorer._choose(**change["new"]); self.answer = self.explorer._answer()
@@ -469,7 +479,7 @@ def _asked(self, widget, message, buffers):
 
 _Widget.chosen, _Widget.follow, _Widget.asked = _chosen, _follow, _asked
 
-# %% ../nbs/02f_explorer.ipynb #c062
+# %% ../nbs/02f_explorer.ipynb #c064
 def _choose(self:Explorer, at, query, target, layer, shown):
     self.query, self._target, self.layer, self.shown, self.at = query, None if target in ("", query) else target, layer, shown, tuple(at)
 
@@ -484,7 +494,7 @@ def _answer(self):
 
 Explorer._choose, Explorer._choice, Explorer._answer = _choose, _choice, _answer
 
-# %% ../nbs/02f_explorer.ipynb #c064
+# %% ../nbs/02f_explorer.ipynb #c066
 def _compressed(image, width) -> bytes:
     "The image as a file: PNG where it is small, else JPEG of at most `width` pixels."
     picture, file = Image.fromarray(_bytes(image)), io.BytesIO()
@@ -492,7 +502,7 @@ def _compressed(image, width) -> bytes:
     else: picture.thumbnail((width, 4 * width)); picture.save(file, "JPEG", quality=92)
     return file.getvalue()
 
-# %% ../nbs/02f_explorer.ipynb #c066
+# %% ../nbs/02f_explorer.ipynb #c068
 def _widget(self:Explorer):
     "The widget, also where the explorer would show a picture."
     if self._widget is None: self._widget = _Widget(self)
