@@ -398,6 +398,10 @@ _render_js += """
     if (!answered().error) drawMaps(answered());
     say(describe(answered()));
   };
+"""
+
+# %% ../nbs/02f_explorer.ipynb #c059
+_render_js += """
   const received = (message, buffers) => {
     if (message.id !== id) return;
     const url = URL.createObjectURL(new Blob([buffers[0]], {type: "image/png"}));
@@ -414,7 +418,7 @@ _render_js += """
 export default {render};
 """
 
-# %% ../nbs/02f_explorer.ipynb #c059
+# %% ../nbs/02f_explorer.ipynb #c061
 _css = """
 .rasa-explorer {color: var(--jp-content-font-color1, inherit); font: 13px/1.4 var(--jp-ui-font-family, system-ui, sans-serif); padding: 4px; contain: layout}
 .rasa-explorer .controls {display: flex; flex-wrap: wrap; gap: 6px 16px; align-items: center; margin-bottom: 8px}
@@ -433,7 +437,7 @@ _css = """
 .rasa-explorer :focus-visible {outline: 2px solid var(--jp-brand-color1, #1976d2); outline-offset: 2px}
 """
 
-# %% ../nbs/02f_explorer.ipynb #c060
+# %% ../nbs/02f_explorer.ipynb #c062
 _css += """
 .rasa-explorer .mark, .rasa-explorer .dot {position: absolute; pointer-events: none; box-sizing: border-box}
 .rasa-explorer .mark {outline: 2px solid white; box-shadow: 0 0 0 3.5px black}
@@ -449,7 +453,7 @@ _css += """
 .rasa-explorer .status {min-height: 1.4em; margin-top: 2px; color: var(--jp-content-font-color2, inherit)}
 """
 
-# %% ../nbs/02f_explorer.ipynb #c062
+# %% ../nbs/02f_explorer.ipynb #c064
 class _Widget(anywidget.AnyWidget):
     "What the browser shows of an `Explorer`."
     _esm, _css = "".join([_basics_js, _panel_js, _controls_js, _maps_js, _scale_js, _render_js]), _css
@@ -464,7 +468,7 @@ class _Widget(anywidget.AnyWidget):
         self.explorer = explorer
         self.observe(self.chosen, "choice"); self.on_msg(self.asked)
 
-# %% ../nbs/02f_explorer.ipynb #c063
+# %% ../nbs/02f_explorer.ipynb #c065
 def _chosen(self:_Widget, change):
     "A choice has come from the browser."
     try: self.explorer._choose(**change["new"]); self.answer = self.explorer._answer()
@@ -479,7 +483,7 @@ def _asked(self, widget, message, buffers):
 
 _Widget.chosen, _Widget.follow, _Widget.asked = _chosen, _follow, _asked
 
-# %% ../nbs/02f_explorer.ipynb #c064
+# %% ../nbs/02f_explorer.ipynb #c066
 def _choose(self:Explorer, at, query, target, layer, shown):
     self.query, self._target, self.layer, self.shown, self.at = query, None if target in ("", query) else target, layer, shown, tuple(at)
 
@@ -494,7 +498,7 @@ def _answer(self):
 
 Explorer._choose, Explorer._choice, Explorer._answer = _choose, _choice, _answer
 
-# %% ../nbs/02f_explorer.ipynb #c066
+# %% ../nbs/02f_explorer.ipynb #c068
 def _compressed(image, width) -> bytes:
     "The image as a file: PNG where it is small, else JPEG of at most `width` pixels."
     picture, file = Image.fromarray(_bytes(image)), io.BytesIO()
@@ -502,7 +506,7 @@ def _compressed(image, width) -> bytes:
     else: picture.thumbnail((width, 4 * width)); picture.save(file, "JPEG", quality=92)
     return file.getvalue()
 
-# %% ../nbs/02f_explorer.ipynb #c068
+# %% ../nbs/02f_explorer.ipynb #c070
 def _widget(self:Explorer):
     "The widget, also where the explorer would show a picture."
     if self._widget is None: self._widget = _Widget(self)
