@@ -6,7 +6,7 @@ BIN   := $(VENV)/bin
 RUNS  := runs
 export NO_MKDOCS_2_WARNING = 1
 
-.PHONY: run test prepare docs lab
+.PHONY: run test test-browser prepare docs lab
 $(VENV)/.stamp: settings.ini setup.py
 	$(PY) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check -e '.[dev]'
@@ -22,6 +22,11 @@ test: $(VENV)/.stamp           ## notebooks as tests, module in step with notebo
 	$(BIN)/nbdev_test --n_workers 2 --timing
 	$(BIN)/python scripts/check_sync.py
 	$(BIN)/python -m pytest -q tests --durations=5
+
+test-browser: export OMP_NUM_THREADS = 1
+test-browser: $(VENV)/.stamp   ## what needs a browser, in a headless one; skipped, saying why, where there is none
+	-$(BIN)/python -c "import playwright" 2>/dev/null || $(BIN)/pip install -q --disable-pip-version-check -e '.[browser]'
+	$(BIN)/python -m pytest -q -rs tests/browser
 
 prepare: $(VENV)/.stamp        ## before a commit: export the module, test, clean
 	$(BIN)/nbdev_export

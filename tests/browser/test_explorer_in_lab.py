@@ -1,0 +1,228 @@
+"""The explorer in a real JupyterLab: clicks, drags, keys, switches and the export, in the light and the dark theme."""
+import json, os, socket, statistics, subprocess, sys, time, urllib.request
+from contextlib import contextmanager
+
+import nbformat
+import psutil
+import pytest
+from PIL import Image
+
+# Two encoders of another grid each, and one of 32 x 32 patches and D = 384, as ViT-S/16 has at 512 pixels.
+SETUP = """
+import torch
+from sklearn.datasets import load_sample_images
+from torch import nn
+from rasa_nb import load_encoder
+from rasa_nb.encoders import PatchEncoder
+from rasa_nb.explorer import explore
+china, flower = load_sample_images().images
+torch.manual_seed(0)
+def project(p): return PatchEncoder(nn.Conv2d(3, 384, p, p), lambda m, x: m(x).permute(0, 2, 3, 1), 384, p, 256)
+encoders = {"tiny": load_encoder("tiny", device="cpu"), "wide": project(8), "coarse": project(16)}
+"""
+SHOW = """explorer = explore({"china": china[:, 100:527], "flower": flower[:, 100:527]}, encoders, image_size=256)
+explorer"""
+
+
+def free_port():
+    with socket.socket() as s: s.bind(("127.0.0.1", 0)); return s.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory, browser):
+    "A JupyterLab in an empty folder, with settings of its own; its address, `open(page, theme)` and the folder."
+    root, port = tmp_path_factory.mktemp("lab"), free_port()
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in (SETUP, SHOW, "last = 1")],
+                   metadata=dict(kernelspec=dict(name="python3", display_name="Python 3", language="python"))), root / "explore.ipynb")
+    env = os.environ | {f"JUPYTER_{k}_DIR": str(root / f".{k.lower()}") for k in ("CONFIG", "DATA", "RUNTIME")} | {
+        "JUPYTERLAB_SETTINGS_DIR": str(root / ".settings"), "JUPYTERLAB_WORKSPACES_DIR": str(root / ".workspaces"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--ServerApp.port={port}", "--ServerApp.port_retries=0", "--IdentityProvider.token=",
+               f"--ServerApp.root_dir={root}", "--LabApp.expose_app_in_browser=True", "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
+    with open(root / "lab.log", "w") as log: server = subprocess.Popen(command, cwd=root, env=env, stdout=log, stderr=subprocess.STDOUT)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        wait_for(lambda: answers(f"{address}/api/status", server, root / "lab.log"))
+        yield address, root
+    finally: server.terminate(); server.wait(20)
+
+
+def answers(url, server, log):
+    if server.poll() is not None: raise RuntimeError(f"JupyterLab ended at once: {log.read_text()[-2000:]}")
+    try: return urllib.request.urlopen(url, timeout=5).status == 200
+    except OSError: return False
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(.2)
+
+
+def run_all(page, lab, theme):
+    "Open the notebook under a theme and run it; returns the explorer on the page."
+    address, root = lab
+    folder = root / ".settings" / "@jupyterlab" / "apputils-extension"; folder.mkdir(parents=True, exist_ok=True)
+    (folder / "themes.jupyterlab-settings").write_text(json.dumps({"theme": theme}))
+    (folder / "notification.jupyterlab-settings").write_text(json.dumps({"fetchNews": "false"}))
+    page.goto(f"{address}/lab/tree/explore.ipynb?reset")
+    page.wait_for_function("window.jupyterapp?.shell?.currentWidget?.context?.isReady && window.jupyterapp.shell.currentWidget.sessionContext.isReady", timeout=90_000)
+    page.evaluate("() => window.jupyterapp.commands.execute('notebook:run-all-cells')")
+    page.wait_for_selector(".rasa-explorer .maps canvas[data-cell]", timeout=120_000)
+    page.evaluate("document.querySelector('.rasa-explorer').scrollIntoView()")
+    page.wait_for_timeout(500)
+    return page.locator(".rasa-explorer")
+
+
+def pixels(page): return page.evaluate("[...document.querySelectorAll('.rasa-explorer .maps canvas')].map(c => Array.from(c.getContext('2d').getImageData(0, 0, c.width, c.height).data).join())")
+def cells(page): return page.evaluate("[...document.querySelectorAll('.rasa-explorer .maps canvas')].map(c => c.dataset.cell)")
+def captions(page): return page.locator(".rasa-explorer .maps strong").all_text_contents()
+
+
+def says(explorer, text): wait_for(lambda: explorer.locator(".status").inner_text().startswith(text), 10)
+
+
+@contextmanager
+def maps_change(page, count=3):
+    "What happens inside changes every map."
+    before = pixels(page)
+    assert len(before) == count
+    yield
+    wait_for(lambda: len(pixels(page)) == count and all(a != b for a, b in zip(before, pixels(page))), 15)
+
+
+def point(page, fx, fy):
+    "Where a point of the image, in fractions, is on the page."
+    box = page.locator(".rasa-explorer .area").first.bounding_box()
+    return box["x"] + fx * box["width"], box["y"] + fy * box["height"]
+
+
+def test_the_explorer_works_in_jupyterlab(page, lab, screenshots):
+    explorer = run_all(page, lab, "JupyterLab Light")
+    assert captions(page) == ["tiny", "wide", "coarse"] and cells(page) == ["16,16", "16,16", "8,8"]
+    assert explorer.locator(".mark.hover").first.is_hidden() and explorer.locator("figure").nth(1).is_hidden()   # one image: no target beside it
+    page.screenshot(path=screenshots / "light_start.png")
+
+    with maps_change(page): page.mouse.click(*point(page, .3, .2))
+    assert cells(page) == ["6,9", "6,9", "3,4"]
+    with maps_change(page): page.mouse.click(*point(page, .9, .9))
+    assert cells(page) == ["28,28", "28,28", "14,14"]
+    says(explorer, "Patch of china: row 29 of 32, column 29 of 32 (tiny, wide); row 15 of 16, column 15 of 16 (coarse)")
+    page.screenshot(path=screenshots / "light_clicked.png")
+
+    # Keys: the area has the focus after a click; the active cell of the notebook must not move.
+    active = "window.jupyterapp.shell.currentWidget.content.activeCellIndex"
+    at = page.evaluate(active)
+    for key in ("ArrowUp", "ArrowLeft", "ArrowLeft"): page.keyboard.press(key)
+    page.keyboard.press("Shift+ArrowUp")
+    wait_for(lambda: cells(page)[0] == "23,26", 10)
+    assert page.evaluate(active) == at
+
+    # The value under the cursor is the number behind the pixel.
+    box = explorer.locator(".maps .area").first.bounding_box()
+    page.mouse.move(box["x"] + .5 / 32 * box["width"], box["y"] + 31.5 / 32 * box["height"])
+    values = explorer.locator(".maps output").all_text_contents()
+    assert len(values) == 3 and all(-1 <= float(v) <= 1 for v in values)
+    says(explorer, "Under the cursor: tiny " + values[0])
+
+    with maps_change(page): explorer.get_by_role("combobox", name="Image", exact=True).select_option("flower")
+    says(explorer, "Patch of flower")
+    with maps_change(page): explorer.get_by_role("combobox", name="Maps of", exact=True).select_option("china")
+    assert explorer.locator("figure").nth(1).is_visible() and explorer.locator(".maps .mark:not(.hover)").first.is_hidden()
+    page.wait_for_timeout(300); page.screenshot(path=screenshots / "light_across.png")
+    explorer.get_by_role("combobox", name="Maps of", exact=True).select_option("the same image")
+
+    explorer.get_by_role("combobox", name="Layer", exact=True).select_option("block 2")
+    wait_for(lambda: captions(page) == ["tiny, block 2", "wide, as given", "coarse, as given"], 20)
+
+    explorer.get_by_role("checkbox", name="coarse").uncheck()
+    wait_for(lambda: captions(page) == ["tiny, block 2", "wide, as given"], 10)
+    explorer.get_by_role("checkbox", name="coarse").check()
+    wait_for(lambda: len(captions(page)) == 3, 10)
+
+    with page.expect_download() as download: explorer.get_by_role("button", name="Export PNG").click()
+    path = screenshots / "export.png"; download.value.save_as(path)
+    assert download.value.suggested_filename == "similarity_flower.png" and Image.open(path).format == "PNG" and Image.open(path).width > 500
+
+    assert not page.outside() and len(page.requested) > 10
+    assert not [p for p in page.problems if "rasa" in p.lower() or "widget" in p.lower()], page.problems
+
+
+# Times of the pointer events, and of the moment all maps belong to them.
+WATCH = """() => {
+  const maps = document.querySelector('.rasa-explorer .maps'), log = window.log = [];
+  document.querySelector('.rasa-explorer .area').addEventListener('pointermove', e => log.push(['move', performance.now()]), true);
+  new MutationObserver(() => log.push(['drawn', performance.now(), [...maps.querySelectorAll('canvas')].map(c => c.dataset.cell).join(' ')]))
+    .observe(maps, {subtree: true, attributes: true, attributeFilter: ['data-cell']});
+}"""
+# The same, without a pause between events: as fast as the fastest mouse.
+RUSH = """async () => {
+  const area = document.querySelector('.rasa-explorer .area'), box = area.getBoundingClientRect();
+  for (let i = 0; i < 300; i++) {
+    const x = i === 299 ? .5 / 32 : (i % 32 + .5) / 32;
+    area.dispatchEvent(new PointerEvent('pointermove', {buttons: 1, clientX: box.left + x * box.width, clientY: box.top + x * box.height}));
+    if (i % 10 === 0) await new Promise(done => setTimeout(done));
+  }
+}"""
+
+
+def work(process):
+    "Seconds of processor time spent so far by what lies between pointer and picture: browser, server, kernel."
+    total = 0
+    for p in process.children(recursive=True):
+        try: total += sum(p.cpu_times()[:2]) if "driver" not in " ".join(p.cmdline()) else 0   # playwright's own part is not the user's
+        except psutil.Error: pass
+    return total
+
+
+def test_maps_follow_a_drag(page, lab, capsys):
+    run_all(page, lab, "JupyterLab Light")
+    page.evaluate(WATCH)
+    (x0, y0), (x1, y1) = point(page, 0, 0), point(page, 1, 1)
+    move = lambda i: page.mouse.move(x0 + (x1 - x0) * (i + .5) / 32, y0 + (y1 - y0) * (i + .5) / 32)
+    move(0); page.mouse.down(); wait_for(lambda: cells(page)[0] == "0,0", 15); page.wait_for_timeout(1000)
+    before = work(psutil.Process()); page.wait_for_timeout(9000); idle = work(psutil.Process()) - before   # what an open JupyterLab takes anyway
+    page.evaluate("window.log.length = 0")
+    before = work(psutil.Process())
+    for i in range(1, 31): move(i); page.wait_for_timeout(300)
+    wait_for(lambda: cells(page)[:2] == ["30,30", "30,30"], 15)
+    work_ms = 1000 * (work(psutil.Process()) - before - idle) / 30
+    log = page.evaluate("window.log"); moves = [t for kind, t, *_ in log if kind == "move"]
+    took = [min(e[1] for e in log if e[0] == "drawn" and e[2].startswith(f"{i},{i} {i},{i} ")) - moves[i - 1] for i in range(1, 31)]
+    page.evaluate("window.log.length = 0"); page.evaluate(RUSH); page.mouse.up()
+    wait_for(lambda: cells(page) == ["0,0", "0,0", "0,0"], 15)
+    drawn = sum(e[0] == "drawn" for e in page.evaluate("window.log"))
+    with capsys.disabled():
+        print(f"\nfrom pointer to three maps, two of 32 x 32 and D up to 384: {min(took):.0f} to {max(took):.0f} ms, median {statistics.median(took):.0f} ms, "
+              f"of which {work_ms:.0f} ms are processor time of browser, server and kernel; a rush of 300 moves was drawn {drawn} times")
+    assert drawn < 150 and not page.outside()
+    # A loaded machine makes anything wait, so what is asserted is the work: on a free processor it is an upper bound of the time.
+    assert work_ms < 100
+
+
+def test_dark_theme_and_keyboard_alone(page, lab, screenshots):
+    explorer = run_all(page, lab, "JupyterLab Dark")
+    colour, background = page.evaluate("""() => { const e = document.querySelector('.rasa-explorer');
+        return [getComputedStyle(e).color, getComputedStyle(document.body).getPropertyValue('--jp-layout-color0')] }""")
+    assert sum(map(int, colour.split("(")[1].rstrip(")").split(",")[:3])) > 380, f"text {colour} on {background}"
+    explorer.get_by_role("combobox", name="Image", exact=True).focus()
+    seen = []
+    for _ in range(12):
+        page.keyboard.press("Tab")
+        seen.append(page.evaluate("document.activeElement.getAttribute('aria-label') ?? document.activeElement.innerText ?? document.activeElement.tagName"))
+        if seen[-1].startswith("Image:"): break
+    assert seen[-1].startswith("Image: choose a patch"), seen
+    with maps_change(page): page.keyboard.press("Shift+ArrowDown")
+    page.screenshot(path=screenshots / "dark_focus.png")
+    page.keyboard.press("Tab"); page.keyboard.press("ArrowRight")
+    says(explorer, "Under the cursor: tiny")
+
+
+def test_python_moves_the_widget_and_errors_are_shown(page, lab, screenshots):
+    explorer = run_all(page, lab, "JupyterLab Light")
+    run = "code => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.requestExecute({code}).done.then(() => true)"
+    with maps_change(page): page.evaluate(run, "explorer.select((10, 400), query='flower')")
+    assert cells(page)[0] == "29,0" and explorer.get_by_role("combobox", name="Image", exact=True).input_value() == "flower"
+    page.evaluate(run, "def broken(*a): raise MemoryError('no room')\nexplorer.similarity = broken")
+    page.mouse.click(*point(page, .5, .5))
+    says(explorer, "MemoryError: no room")
