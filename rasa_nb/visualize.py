@@ -30,7 +30,8 @@ from sklearn.cluster import KMeans
 # %% ../nbs/02d_visualize.ipynb #c005
 from .data import Evaluation, Transformed, augmentation, read_image
 from .patch_encoder import PatchEncoder
-from .rasa import Moments, _tokens_via, encode_together
+from .moments import Moments
+from .head import _tokens_via, encode_together
 
 # %% ../nbs/02d_visualize.ipynb #c010
 def as_image(
