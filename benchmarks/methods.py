@@ -1,6 +1,7 @@
 """Every way of removing position on several encoders, in one table each: position left and mIoU.
 
-    python benchmarks/methods.py tiny random deit mae=weights/mae.safetensors     # NAME=FILE: weights of tiny's architecture
+    python benchmarks/methods.py tiny mae=runs/mae/tiny.safetensors no-position random     # NAME=FILE: weights of tiny's architecture
+    python benchmarks/methods.py deit --score 200 --skip "shift averaging, 10"             # DeiT-Tiny on VOC
     python benchmarks/methods.py tiny --learn 100 --score 50 --seeds 2 --k 24     # a quick look
 
 Writes benchmarks/results/methods.json after each encoder and goes on where it was stopped; prints Markdown, and the default
@@ -29,6 +30,7 @@ def open_encoder(spec, args):
     else:
         torch.manual_seed(0)   # of random weights
         encoder = load_encoder("tiny", file or None, pretrained=name != "random")
+        if name == "no-position": encoder.model.pos_embed.data.zero_()   # a ViT without position embedding cannot tell where a patch is
         data, size = [Scenes("train"), Scenes("val")], 96
     encoder.name = name
     learn, score = (d.first(n) if n else d for d, n in zip(data, (args.learn, args.score)))
@@ -38,7 +40,7 @@ def open_encoder(spec, args):
 def run(spec, args):
     encoder, learn, score, size = open_encoder(spec, args)
     removers = {n: r for n, r in roster().items() if (not args.methods or n in args.methods) and n not in args.skip}
-    return compare_methods(encoder, learn, score, removers, args.k, range(args.seeds), size, args.probes, LEOPART.replace(n_init=args.n_init), args.batch_size, args.num_workers, progress=True)
+    return compare_methods(encoder, learn, score, removers, args.k, range(args.seeds), size, args.probes, LEOPART.replace(n_init=args.n_init, max_iter=args.max_iter), args.batch_size, args.num_workers, progress=True)
 
 
 def save(path, done):
@@ -56,11 +58,12 @@ def load(path):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("encoders", nargs="+", help="tiny, random, deit, or NAME=FILE")
+    parser.add_argument("encoders", nargs="+", help="tiny, random, no-position (tiny without its position embedding), deit, or NAME=FILE")
     parser.add_argument("--learn", type=int, help="the first so many images to learn from; all by default")
     parser.add_argument("--score", type=int, help="the first so many images to score; all by default")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--n_init", type=int, default=1, help="K-means starts of each seed; the protocol has five, one is a fifth of the time")
+    parser.add_argument("--max_iter", type=int, default=30, help="K-means rounds; the protocol has 100, of which the last 70 move little")
     parser.add_argument("--k", type=int, nargs="+")
     parser.add_argument("--methods", nargs="+", help="names of the roster; all by default")
     parser.add_argument("--skip", nargs="+", default=[], help="names of the roster to leave out, e.g. 'shift averaging, 10', which takes ten passes at every use")
