@@ -3,7 +3,7 @@
     python benchmarks/overcluster.py --voc ../shared/data --checkpoint ../shared/weights/deit_tiny_patch16_224_fp16.safetensors
     python benchmarks/overcluster.py --share .01 --ks 21 30      # a quick look: small cases, no photographs
 
-Nothing else should run beside it. Writes benchmarks/results/overcluster.json and .png. Every measurement is a process of its
+Nothing else should run beside it; the first takes about ten minutes on two cores. Writes benchmarks/results/overcluster.json and .png. Every measurement is a process of its
 own, so that its peak memory is its own. The reference works as the earlier code does (protocol `franca`): tokens of all images
 upsampled to the mask size and held in float32, standardised, PCA; K-means of 50 iterations and 5 restarts on 256 points per
 centroid; all pixels assigned; every pair of cluster and class scored by passes over all pixels, for both matchings. Its K-means
@@ -171,12 +171,12 @@ def random_tokens(images, grid, dim, dtype=torch.float32, size=100):
     return tokens, F.interpolate(blocks, size=(size, size))[:, 0].to(torch.uint8)
 
 
-def voc_tokens(folder, checkpoint, images=None):
+def voc_tokens(folder, checkpoint, most):
     from rasa_nb.data import Evaluation, Transformed, VOCSegmentation
     from rasa_nb.encoders import load_encoder
     encoder = load_encoder("deit_tiny_patch16_224", checkpoint=checkpoint)
     data = VOCSegmentation(folder, "val")
-    parts = list(encoder.encode(Transformed(data.first(images or len(data)), Evaluation(224, 100)), desc="encode"))
+    parts = list(encoder.encode(Transformed(data.first(min(most, len(data))), Evaluation(224, 100)), desc="encode"))
     return [torch.cat(p) for p in zip(*parts)]
 
 
@@ -225,24 +225,25 @@ def plot(grown, file):
     fig.savefig(file, dpi=80)
 
 
+def held(images, dim): return 3 * images * 100 * 100 * dim * 4   # bytes: the reference has three copies of all pixels' tokens for a moment
+
 def affordable(free, most=445, dim=192):
-    "Images and D of the largest random case whose reference, three copies of all pixels' tokens, fits: fewer dimensions before fewer images."
-    def fits(images, dim): return 3 * images * 100 * 100 * dim * 4 < free
-    while dim > 64 and not fits(most, dim): dim -= 64
-    return (most if fits(most, dim) else max(2, int(free / (3 * 100 * 100 * dim * 4)))), dim
+    "Images and D of the largest random case whose reference fits: fewer dimensions before fewer images."
+    while dim > 64 and held(most, dim) > free: dim -= 64
+    return max(2, min(most, int(free / held(1, dim)))), dim
 
 
 def main(args):
     free = args.share * psutil.virtual_memory().available
     machine = dict(cpus=psutil.cpu_count(), threads=args.threads, free_gb=round(psutil.virtual_memory().available / 1e9, 1), torch=torch.__version__, python=platform.python_version(), load=psutil.getloadavg()[0])
-    images, dim = affordable(free)
+    images, dim = affordable(free, args.images)
     compared, extra = [], {}
     if args.voc:
-        tokens, masks = voc_tokens(args.voc, args.checkpoint, affordable(free, 10**9)[0])
+        tokens, masks = voc_tokens(args.voc, args.checkpoint, max(2, int(free / held(1, 192))))
         compared.append(compare(f"DeiT-Tiny tokens of {len(tokens)} VOC val images", tokens, masks, args.ks, args.threads))
         extra = dict(over_seeds=alone("spread", tokens, masks, args.ks, args.threads), training=alone("training", tokens, masks, args.ks, 1))
     compared.append(compare(f"random tokens, {images} images, D={dim}", *random_tokens(images, 32, dim, torch.float16), args.ks, args.threads))
-    scaled = f"VOC val has 1449 images and ViT-B D=768, which would take the reference {3 * 1449 * 1e4 * 768 * 4 / 1e9:.0f} GB: scaled down to {images} images and D={dim}, what fits in {free / 1e9:.0f} GB and in minutes"
+    scaled = f"VOC val has 1449 images and ViT-B D=768, which would take the reference {held(1449, 768) / 1e9:.0f} GB: scaled down to {images} images and D={dim}, what fits in {free / 1e9:.0f} GB and in minutes"
     growth = grow(max(2, min(25, images // 4)), args.ks)
     size = (1449 if args.share > .2 else images, 32, 768)
     full = dict(ours=measure("ours", *random_tokens(*size, torch.float16), args.ks, args.threads), plain_extrapolated=extrapolate(compared[-1], size[0], size[2]))
@@ -257,6 +258,7 @@ if __name__ == "__main__":
     parser.add_argument("--checkpoint", help="DeiT-Tiny weights")
     parser.add_argument("--ks", type=int, nargs="+", default=KS, help="numbers of clusters")
     parser.add_argument("--share", type=float, default=.6, help="of the free memory that the reference may take; below .2 all is small, for a quick look")
+    parser.add_argument("--images", type=int, default=445, help="of the random case, at most; its reference takes about half a second for each")
     parser.add_argument("--threads", type=int, default=psutil.cpu_count(), help="of each compared process")
     parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
