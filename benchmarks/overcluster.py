@@ -262,6 +262,7 @@ if __name__ == "__main__":
     parser.add_argument("--threads", type=int, default=psutil.cpu_count(), help="of each compared process")
     parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.ks = tuple(args.ks)
     if not args.one: main(args)
     else:
         what, file, *ks = args.one; ks = tuple(map(int, ks))

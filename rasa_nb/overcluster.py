@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['estimate_memory', 'fingerprint', 'overcluster', 'overcluster_tokens', 'FRANCA', 'LEOPART', 'MATCHINGS', 'Protocol',
            'class_iou', 'confusion_matrix', 'match_clusters', 'merge_clusters', 'Run', 'UpsampledMoments',
-           'cluster_run', 'draw_points', 'kmeans_centres', 'moments_after', 'nearest_centres', 'new_moments',
-           'reduce_tokens', 'upsample', 'whitened_pca', 'OverclusterResult', 'class_colours']
+           'cluster_run', 'draw_points', 'interpolation_matrix', 'kmeans_centres', 'moments_after', 'nearest_centres',
+           'new_moments', 'reduce_tokens', 'upsample', 'whitened_pca', 'OverclusterResult', 'class_colours']
 
 # %% ../nbs/02c_overcluster.ipynb #c003
 import hashlib, json, math, os, tempfile, zipfile
@@ -18,7 +18,7 @@ import psutil
 import torch
 
 # %% ../nbs/02c_overcluster.ipynb #c004
-from .clusters import Run, UpsampledMoments, cluster_run, draw_points, images_per_chunk, kmeans_centres, moments_after, nearest_centres, new_moments, reduce_tokens, upsample, whitened_pca
+from .clusters import Run, UpsampledMoments, cluster_run, draw_points, images_per_chunk, interpolation_matrix, kmeans_centres, moments_after, nearest_centres, new_moments, reduce_tokens, upsample, whitened_pca
 from .data import Evaluation, Transformed, batches, progress_bar
 from .encoders import check_image_size
 from .protocols import FRANCA, LEOPART, MATCHINGS, Protocol, class_iou, confusion_matrix, match_clusters, merge_clusters
@@ -27,7 +27,7 @@ from .results import OverclusterResult, class_colours
 
 # %% ../nbs/02c_overcluster.ipynb #c006
 _all_ = ["FRANCA", "LEOPART", "MATCHINGS", "Protocol", "class_iou", "confusion_matrix", "match_clusters", "merge_clusters", "Run", "UpsampledMoments", "cluster_run", "draw_points",
-         "kmeans_centres", "moments_after", "nearest_centres", "new_moments", "reduce_tokens", "upsample", "whitened_pca", "OverclusterResult", "class_colours"]
+         "interpolation_matrix", "kmeans_centres", "moments_after", "nearest_centres", "new_moments", "reduce_tokens", "upsample", "whitened_pca", "OverclusterResult", "class_colours"]
 
 # %% ../nbs/02c_overcluster.ipynb #c009
 def estimate_memory(

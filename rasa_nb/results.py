@@ -6,6 +6,7 @@
 __all__ = ['OverclusterResult', 'class_colours']
 
 # %% ../nbs/02bc_results.ipynb #c003
+import textwrap
 from dataclasses import asdict, dataclass, field, fields
 
 import numpy as np
@@ -173,7 +174,7 @@ def _show_maps(self, k=None, seed=None):
         for ax, (title, picture) in zip(axes[i], pictures.items()):
             ax.imshow(picture, extent=(0, image.shape[2], image.shape[1], 0))
             ax.set(xticks=[], yticks=[])
-            if i == 0: ax.set_title(title, fontsize=9)
+            if i == 0: ax.set_title(textwrap.fill(title, 16), fontsize=9)
         seen |= {c for m in maps.values() for c in np.unique(m)}
     handles = [plt.Rectangle((0, 0), 1, 1, color=colours[c]) for c in sorted(seen - {-1})]
     fig.legend(handles, [self.classes[c] for c in sorted(seen - {-1})], loc="outside right upper", frameon=False, fontsize=8)
