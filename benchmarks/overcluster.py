@@ -216,7 +216,7 @@ def plot(grown, file):
                 x, y = zip(*[(r["ks"][0] if axis == "K" else r[axis], r[key]) for r in rows if r["which"] == which])
                 ax.loglog(x, y, marker + "-", color=colour, label=which, base=10)
             if ax in axes[:, 0]: ax.set_ylabel(label)
-            ax.set_xticks(x, map(str, x)); ax.minorticks_off(); ax.grid(alpha=.3)
+            ax.set_xticks(x, map(str, x)); ax.xaxis.set_minor_locator(plt.NullLocator()); ax.grid(alpha=.3)
         base = grown["images"][0]
         fixed = {"images": f"{base['images']} images", "D": f"D={base['D']}", "K": f"K={base['ks'][0]}"}
         column[0].set_title(", ".join(v for a, v in fixed.items() if a != axis), fontsize=9)

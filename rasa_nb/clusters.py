@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from sklearn.cluster import KMeans
 
 # %% ../nbs/02bb_clusters.ipynb #c004
-from .protocols import Protocol, confusion_matrix
+from .protocols import confusion_matrix
 from .rasa import Moments
 
 # %% ../nbs/02bb_clusters.ipynb #c007

@@ -6,10 +6,9 @@
 __all__ = ['MATCHINGS', 'LEOPART', 'FRANCA', 'Protocol', 'confusion_matrix', 'match_clusters', 'merge_clusters', 'class_iou']
 
 # %% ../nbs/02ba_protocols.ipynb #c003
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
-import pandas as pd
 import torch
 from scipy.optimize import linear_sum_assignment
 

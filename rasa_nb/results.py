@@ -18,7 +18,6 @@ import matplotlib.pyplot as plt
 import seaborn as sns
 
 # %% ../nbs/02bc_results.ipynb #c005
-from .clusters import Run
 from .protocols import Protocol, class_iou, match_clusters, merge_clusters
 
 # %% ../nbs/02bc_results.ipynb #c008
