@@ -198,6 +198,18 @@ def test_the_plain_reference_of_the_benchmark_scores_alike(scene_tokens):
         assert benchmark.plain_miou(clusters, truth, 15, 12, rule) == pytest.approx(100 * np.nanmean(class_iou(confusion, match_clusters(confusion, f"many_to_one_{rule}"))), abs=1e-9)
 
 
+def test_the_benchmark_compares_like_with_like(scene_tokens):
+    tokens, masks = (a[:8] for a in scene_tokens[:2])
+    scores, labels = benchmark.plain_overcluster(tokens, masks, (12, 20), 12)
+    assert set(scores[12]) == {"hungarian"} and set(scores[20]) == {"precision", "iou"} and labels[20].shape == (masks.numel(),)
+    assert benchmark.from_counts(labels, masks, scores, 12) < 1e-9
+    assert benchmark.from_counts({k: np.roll(v, 999) for k, v in labels.items()}, masks, scores, 12) > .1   # other clusters are noticed
+
+
+@pytest.mark.parametrize("free, expected", [(12e9, (445, 192)), (4e9, (445, 64)), (1e8, (13, 64)), (1, (2, 64))])
+def test_the_benchmark_scales_down_to_the_memory_there_is(free, expected): assert benchmark.affordable(free) == expected
+
+
 @pytest.mark.parametrize("which, k", [("scene_tokens", 12), ("scene_tokens", 40), ("voc_tokens", 50)])
 def test_faiss_agrees(which, k, request):
     pytest.importorskip("faiss", reason="faiss is optional: pip install faiss-cpu to compare with it")
@@ -363,6 +375,11 @@ def test_tokens_that_are_no_numbers_name_the_encoder_and_image():
     def tokens(model, images): z = model(images); z[1, 0, 0] = float("nan"); return z
     broken = PatchEncoder(Counting(), tokens, 16, 8, name="broken")
     with pytest.raises(ValueError, match="encoder broken: tokens of image 1 are not finite"): overcluster(broken, Scenes("val", 4), k=12)
+
+
+def test_handed_over_tokens_that_are_no_numbers_are_refused():
+    z = torch.randn(4, 2, 2, 3); z[2, 0, 1] = float("inf")
+    with pytest.raises(ValueError, match="encoder z: tokens of image 2 are not finite"): overcluster_tokens({"z": z}, torch.randint(0, 2, (4, 8, 8)), list("ab"), k=2)
 
 
 def test_half_precision_that_overflows_is_refused():
