@@ -86,7 +86,14 @@ def check_torchrun(words, folder):
     check_names([w[2:].split("=")[0].removeprefix("no-") for w in words[at + 2:] if w.startswith("--")])
 
 
-NOT_RUN = {"make": check_make, "papermill": check_papermill, "pip": check_install, "git": check_clone, "torchrun": check_torchrun}
+def check_options(words, folder):
+    "Takes minutes or starts many runs: the command must be there and its help must know every option."
+    told = subprocess.run([words[0], "--help"], env=environment(root), check=True, capture_output=True, text=True, timeout=120).stdout
+    unknown = [w for w in words[1:] if w.startswith("--") and w.split("=")[0] not in told]
+    assert not unknown, f"{words[0]} --help says nothing of {unknown}"
+
+
+NOT_RUN = {"make": check_make, "papermill": check_papermill, "pip": check_install, "git": check_clone, "torchrun": check_torchrun, "rasa-sweep": check_options}
 
 
 # The tests
@@ -101,10 +108,12 @@ def copy(tmp_path_factory):
     return folder
 
 
+def environment(folder): return dict(os.environ, PYTHONPATH=str(folder), MPLBACKEND="Agg", PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+
+
 def run(command, folder, **kwargs):
     "Run in a folder whose own rasa_nb is imported."
-    env = dict(os.environ, PYTHONPATH=str(folder), MPLBACKEND="Agg", PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=600, **kwargs)
+    done = subprocess.run(command, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=600, **kwargs)
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done.stdout
 
