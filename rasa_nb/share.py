@@ -78,7 +78,7 @@ def _acquire(self) -> bool:
     self.path.parent.mkdir(parents=True, exist_ok=True)
     mine = self.path.with_name(f"{self.path.name}.{max(self._others(), default=0) + 1}")
     try: handle = os.open(mine, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-    except FileExistsError: return False
+    except (FileExistsError, FileNotFoundError): return False   # somebody was faster, or has removed the folder
     with os.fdopen(handle, "w") as f: json.dump(this_process(), f)
     self.file = mine
     if self.owner() is not None: self._remove(); return False
@@ -141,10 +141,12 @@ def _write(path, tokens):
     "Keeps the tokens, if the disk has room for many more."
     path.parent.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(path.parent).free < 2**30 + 10 * tokens.nbytes: return
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as f:
-        try: np.save(f, tokens.cpu().numpy())
-        except BaseException: os.unlink(f.name); raise
-    os.replace(f.name, path)
+    part = path.with_name(f"{path.stem}-{os.getpid()}.part")
+    try:
+        with open(part, "wb") as f: np.save(f, tokens.cpu().numpy())
+        os.replace(part, path)
+    except FileNotFoundError: pass   # the folder was removed meanwhile: then nothing is kept
+    except BaseException: part.unlink(missing_ok=True); raise
 
 # %% ../nbs/02f_share.ipynb #c029
 def share_tokens(
