@@ -7,3 +7,4 @@ from .overcluster import LEOPART, overcluster
 from .visualize import similarity_maps
 from .baselines import LEACE, Auto, BlankSVD, MeanThenRASA, RemovePCA, ShiftAverage, compare_methods
 from .deploy import export_onnx, fold, load_from_hub, load_released_head, push_to_hub
+from .report import Report

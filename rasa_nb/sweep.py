@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 import psutil
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 # %% ../nbs/03a_sweep.ipynb #c004
 import rasa_nb
@@ -301,6 +301,7 @@ def sweep(
 ) -> SweepResult:
     "Makes every run that is missing and returns what became of all."
     plans, out = plan(parameters), Path(out_dir)
+    if say is print and sys.stderr.isatty(): say = tqdm.write   # above the bar
     watch = _Watch(plans, out, say)
     if watch.todo:
         (out / ".sweep").mkdir(parents=True, exist_ok=True)
@@ -343,7 +344,7 @@ class _Watch:
 def _run_watch(self, starter, specs, jobs):
     waiting, active, elsewhere, looked = list(specs), {}, [], 0.
     try:
-        with tqdm(total=self.total, initial=len(self.result.rows), desc="sweep", unit="run", disable=None if self.say is print else True) as bar:
+        with tqdm(total=self.total, initial=len(self.result.rows), desc="sweep", unit="run", disable=None if self.say == tqdm.write else True) as bar:
             while waiting or active or elsewhere:
                 while waiting and len(active) < jobs:
                     spec = waiting.pop(0)
