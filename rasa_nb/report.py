@@ -299,8 +299,8 @@ def _figure(self):
         for i, s in enumerate(some): _draw(s, left, right, colours[s.title], .8 * (i - (len(some) - 1) / 2) / len(some))
         ks = sorted({k for s in some for k in s.table.index})
         for ax in (left, right): ax.set(xticks=range(len(ks)), xticklabels=[f"K={k}" for k in ks], xlim=(-.5, len(ks) - .5))
-        left.set(ylabel="mIoU (%)", title=f"{name}: before (open), after (filled)"); left.set_ylim(bottom=0)
-        right.axhline(0, color="0.5", lw=1); right.set(title="difference, points, 95 % over seeds")
+        left.set(ylabel="mIoU (%)", ylim=(0, None)); left.set_title(f"{name}: before (open), after (filled)", fontsize=10)
+        right.axhline(0, color="0.5", lw=1); right.set_title("difference in points, 95 % over seeds", fontsize=10)
         right.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     sns.despine(fig)
     return fig

@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 # %% ../nbs/03a_sweep.ipynb #c004
 import rasa_nb
-from .encoders import FRANCA, check_image_size
 from .overcluster import LEOPART, estimate_memory
 from .share import Claim
 from .train import Config, check_names, save_run, train
@@ -128,9 +127,10 @@ def _by_module(spec, parameters): save_run(train(Config(**parameters), progress=
 # %% ../nbs/03a_sweep.ipynb #c017
 def _limit(spec):
     "This process, and a kernel that it starts, to its share of cores and devices."
-    os.environ.update(OMP_NUM_THREADS=str(spec["threads"]), MPLBACKEND="agg", TQDM_DISABLE="1", PYTHONPATH=_path())
+    threads = spec["threads"] or _cores()
+    os.environ.update(OMP_NUM_THREADS=str(threads), MPLBACKEND="agg", TQDM_DISABLE="1", PYTHONPATH=_path())
     if spec["devices"]: os.environ["CUDA_VISIBLE_DEVICES"] = spec["devices"]
-    torch.set_num_threads(spec["threads"])
+    torch.set_num_threads(threads)
 
 def _path():
     "Where a new process finds this very package."
@@ -214,16 +214,22 @@ def _json(path):
 # %% ../nbs/03a_sweep.ipynb #c031
 class _Here:
     "Processes of this machine, forked from a server that has imported this module."
-    def __init__(self, out_dir):
+    def __init__(self):
         kind = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-        self.context, self.out_dir = multiprocessing.get_context(kind), out_dir
+        self.context, self.devices, self.used = multiprocessing.get_context(kind), _devices(), []
         if kind == "forkserver": self.context.set_forkserver_preload(["rasa_nb.sweep"])
 
     def start(self, spec):
         from rasa_nb.sweep import _in_process   # by its full name, which the new process finds also if this is a notebook
+        spec["devices"] = self._least_used()
         p = self.context.Process(target=_in_process, args=(spec,))
         p.start()
+        self.used.append((spec["devices"], p))
         return _Handle(lambda: p.exitcode, p.terminate)
+
+    def _least_used(self):
+        busy = [d for d, p in self.used if p.exitcode is None]
+        return min(self.devices, key=busy.count) if self.devices else ""
 
 def _in_process(spec):
     log = os.open(Path(spec["out_dir"]) / ".sweep" / f"{spec['name']}.log", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
@@ -309,15 +315,15 @@ def sweep(
         notebook = find_notebook(notebook)
         say(f"{len(watch.todo)} of {len(plans)} runs to make, {why}" + ("" if notebook else ", without a notebook"))
         specs = _specs(watch.todo, out, notebook, stale, share, jobs, local=slurm is None and not launcher)
-        starter = _Array(slurm, specs, jobs) if slurm is not None else _Launcher(launcher) if launcher else _Here(out)
+        starter = _Array(slurm, specs, jobs) if slurm is not None else _Launcher(launcher) if launcher else _Here()
         watch.run(starter, specs, jobs or len(specs))
     if watch.result.ok: shutil.rmtree(out / ".shared" / "tokens", ignore_errors=True)   # large, and of no more use here
     return watch.result
 
 def _specs(plans, out, notebook, stale, share, jobs, local):
-    cores, devices = _cores(), _devices() if local else []
-    common = dict(out_dir=str(out), notebook=notebook, stale=stale, share=share, begun=time.time(), threads=int(os.environ.get("OMP_NUM_THREADS") or max(1, cores // jobs if local else 1)))
-    return [dict(common, name=p.name, parameters=p.parameters, devices=devices[i % len(devices)] if devices else "") for i, p in enumerate(plans)]
+    threads = int(os.environ.get("OMP_NUM_THREADS") or (max(1, _cores() // jobs) if local else 0))   # 0: all that the process is given there
+    common = dict(out_dir=str(out), notebook=notebook, stale=stale, share=share, begun=time.time(), threads=threads, devices="")
+    return [dict(common, name=p.name, parameters=p.parameters) for p in plans]
 
 # %% ../nbs/03a_sweep.ipynb #c037
 class _Watch:
@@ -368,6 +374,7 @@ def _ended(self, spec, code, seconds):
     self.end(spec["name"], "failed", seconds, why or (f"killed by signal {-code}" + (", out of memory perhaps" if code == -9 else "") if isinstance(code, int) and code < 0
              else f"{code if isinstance(code, str) else f'ended with exit code {code}'}; see {self.out / '.sweep' / (spec['name'] + '.log')}"))
 
+# %% ../nbs/03a_sweep.ipynb #c039
 def _look_elsewhere(self, elsewhere, waiting):
     "Runs that other processes had: finished, failed, or to be tried again."
     for spec in list(elsewhere):
@@ -380,7 +387,7 @@ def _look_elsewhere(self, elsewhere, waiting):
 
 _Watch.run, _Watch._ended, _Watch._look_elsewhere = _run_watch, _ended, _look_elsewhere
 
-# %% ../nbs/03a_sweep.ipynb #c048
+# %% ../nbs/03a_sweep.ipynb #c049
 def _parser():
     p = argparse.ArgumentParser("rasa-sweep", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Runs nbs/03_train.ipynb once per combination: models x solvers x seeds x any other parameter.\n"
@@ -407,7 +414,7 @@ def _parser():
     p.add_argument("--run", help=argparse.SUPPRESS)
     return p
 
-# %% ../nbs/03a_sweep.ipynb #c049
+# %% ../nbs/03a_sweep.ipynb #c050
 def main(argv=None):
     "A sweep from the command line; returns its exit code."
     parser = _parser(); a = parser.parse_args(argv)
@@ -427,7 +434,7 @@ def _pair(option):
     if not eq: raise ValueError(f"--slurm {option}: expected KEY=VALUE")
     return name, int(value) if value.isdigit() else value
 
-# %% ../nbs/03a_sweep.ipynb #c050
+# %% ../nbs/03a_sweep.ipynb #c051
 def _typed(parameters, given):
     "The values of `-p`, as the types that the run expects."
     kinds = {f.name: f.type for f in fields(Config)}

@@ -25,13 +25,15 @@ def silent(line): pass
 
 
 def worker_of(folder):
-    "The process that holds a claim in the folder, once there is one that has begun to encode a third run."
+    "The run, and the process that makes it, that has fitted and not finished while two others are there."
     while True:
-        done, claims = len(list(folder.glob("*/run.json"))), list((folder / ".sweep").glob("*.claim.*"))
-        if done >= 2 and claims:
-            try: return claims[0].name.split(".claim")[0], json.loads(claims[0].read_text())["pid"]
+        done = [p.parent.name for p in folder.glob("*/run.json")]
+        for claim in (folder / ".sweep").glob("*.claim.*"):
+            name = claim.name.split(".claim")[0]
+            try:
+                if len(done) >= 2 and name not in done and "fit:" in (folder / ".sweep" / f"{name}.log").read_text(): return name, json.loads(claim.read_text())["pid"]
             except (OSError, ValueError): pass
-        time.sleep(.02)
+        time.sleep(.01)
 
 
 @pytest.fixture(scope="module")
