@@ -8,7 +8,7 @@ __all__ = ['FORMAT', 'SPLITS', 'PUBLISHED', 'RunRecords', 'read_runs', 'Setting'
 
 # %% ../nbs/04_report.ipynb #c006
 import html, json, os
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib.pyplot as plt
