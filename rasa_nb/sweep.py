@@ -7,7 +7,7 @@ __all__ = ['ASIDE', 'FINISHED', 'FAILED', 'BUSY', 'LOST', 'THERE', 'Planned', 'p
            'estimate_run', 'choose_jobs', 'SweepResult', 'sweep', 'main', 'console']
 
 # %% ../nbs/03a_sweep.ipynb #c003
-import argparse, itertools, json, math, multiprocessing, os, re, shlex, shutil, signal, subprocess, sys, time, traceback
+import argparse, itertools, json, math, multiprocessing, os, re, shlex, shutil, signal, subprocess, sys, threading, time, traceback
 from dataclasses import dataclass, field, fields
 from hashlib import sha256
 from importlib.util import find_spec
@@ -223,7 +223,7 @@ class _Here:
         from rasa_nb.sweep import _in_process   # by its full name, which the new process finds also if this is a notebook
         spec["devices"] = self._least_used()
         p = self.context.Process(target=_in_process, args=(spec,))
-        p.start()
+        with _no_main: p.start()
         self.used.append((spec["devices"], p))
         return _Handle(lambda: p.exitcode, p.terminate)
 
@@ -236,6 +236,17 @@ def _in_process(spec):
     for n in (1, 2): os.dup2(log, n)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))   # so that the claim is given back and a kernel ends
     sys.exit(run_one(spec))
+
+class _NoMain:
+    "A process started within needs nothing of the main module: to import it again would run an unguarded script twice."
+    lock = threading.Lock()
+    def __enter__(self):
+        self.lock.acquire(); self.main = sys.modules["__main__"]
+        self.kept = {n: v for n, v in vars(self.main).items() if n in ("__spec__", "__file__")}
+        self.main.__spec__ = None; vars(self.main).pop("__file__", None)
+    def __exit__(self, *_): vars(self.main).update(self.kept); self.lock.release()
+
+_no_main = _NoMain()
 
 @dataclass
 class _Handle:
