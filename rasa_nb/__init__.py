@@ -10,3 +10,4 @@ from .visualize import cluster_maps, pca_maps, position_maps, shift_test, simila
 from .explorer import explore
 from .baselines import LEACE, Auto, BlankSVD, MeanThenRASA, RemovePCA, ShiftAverage, compare_methods
 from .deploy import export_onnx, fold, load_from_hub, load_released_head, push_to_hub
+from .report import Report

@@ -23,7 +23,9 @@ from .encoders import check_image_size, check_name, load_encoder
 from .rasa import RASA, PositionMean
 from .baselines import Auto
 from .bias import PositionR2, position_r2
+from .identity import encoder_hash
 from .overcluster import LEOPART, OverclusterResult, overcluster
+from .share import only_one, share_tokens
 from .visualize import similarity_maps
 
 # %% ../nbs/03_train.ipynb #c010
@@ -52,6 +54,7 @@ class Config:
     run_name: str = ""
     device: str = ""
     seed: int = 0
+    cache_dir: str = ""
 
     def __post_init__(self): _check_config(self)
 
@@ -137,16 +140,24 @@ def train(config, progress=True) -> Run:
     run_folder(config)   # an existing folder is refused before the work, not after
     with stages("load"): encoder = load_encoder(config.model, config.checkpoint or None, config.device or None)
     check_image_size(config.pixels, encoder.patch_size)
+    if config.cache_dir: encoder = share_tokens(encoder, Path(config.cache_dir) / "tokens")
     learn, score = open_data(config)
     with stages("fit", len(learn)): remover = config.remover.fit(encoder, learn, config.pixels, desc="fit" if progress else None)
     if dist.is_initialized() and dist.get_rank(): return None   # one process measures and saves
     if hasattr(remover, "choice_"): print(f"auto: {remover.choice_.method or 'nothing removed'}. {remover.choice_.reason}", flush=True)
     encoders = {"before": encoder, "after": remover.attach(encoder)}
     with stages("position R²", len(score)): r2 = position_r2(encoders, score, image_size=config.pixels, desc="position" if progress else None)
-    with stages("overcluster", len(score)):
-        result = overcluster(encoders, score, config.ks, LEOPART.replace(image_size=config.pixels), range(config.seeds), progress=progress)
+    with stages("overcluster", len(score)): result = _score(config, encoders, score, progress)
     picture = similarity_maps(score[0][0], encoders, _points(score[0][0]), config.pixels)
     return Run(config, encoder, encoders["after"], r2, result, stages, picture)
+
+def _score(config, encoders, score, progress):
+    "mIoU of both; with a cache, the clusters from before are made by one run for all others of the encoder."
+    kept = Path(config.cache_dir) / "scores" if config.cache_dir else None
+    def ask(some): return overcluster(some, score, config.ks, LEOPART.replace(image_size=config.pixels), range(config.seeds), progress=progress, folder=kept)
+    if kept:
+        with only_one(kept / f"{encoder_hash(encoders['before'])}.claim"): ask({"before": encoders["before"]})
+    return ask(encoders)
 
 def _points(image):
     "Four points of an image, as shares of its sides: upper left, upper right, centre, below."
