@@ -290,7 +290,7 @@ def choose_default(
     leak:float=.1,       # R² on augmented images from which position leaks
 ) -> Choice:
     "Returns the method that the rule above picks."
-    methods = [m for m in comparisons[0].miou if m != "none" and all(c.rank[m] is not None for c in comparisons)]
+    methods = [m for m in comparisons[0].miou if m != "none" and all(m in c.miou and c.rank[m] is not None for c in comparisons)]
     leaky = [c for c in comparisons if c.leak >= leak]
     gain = {m: [c.mean(m, k) - c.mean("none", k) for c in leaky for k in c.miou[m]] for m in methods}
     table = pd.DataFrame(dict(gain={m: sum(g) / len(g) if g else float("nan") for m, g in gain.items()}, harms={m: ", ".join(_harms(m, comparisons)) for m in methods}))

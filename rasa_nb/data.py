@@ -107,23 +107,44 @@ def _cell(t): return t - np.floor(t)
 def _odd(t): return np.floor(t) % 2
 
 # %% ../nbs/00_data.ipynb #c015
-def stripes(u, v, s, rng): return (_cell(u / s) < .5).astype(np.float32)
-def waves(u, v, s, rng): return _wave(u / s + .5 * np.sin(2 * np.pi * v / (2.5 * s)))
-def checks(u, v, s, rng): return (_odd(2 * u / s) + _odd(2 * v / s)) % 2
-def dots(u, v, s, rng): return ((_cell(u / s) - .5)**2 + (_cell(v / s) - .5)**2 < .09).astype(np.float32)
-def mesh(u, v, s, rng): return ((_cell(u / s) < .22) | (_cell(v / s) < .22)).astype(np.float32)
+def stripes(u, v, s, rng):
+    "Bars across u."
+    return (_cell(u / s) < .5).astype(np.float32)
+def waves(u, v, s, rng):
+    "Bars that bend along v."
+    return _wave(u / s + .5 * np.sin(2 * np.pi * v / (2.5 * s)))
+def checks(u, v, s, rng):
+    "A chequered board."
+    return (_odd(2 * u / s) + _odd(2 * v / s)) % 2
+def dots(u, v, s, rng):
+    "A lattice of discs."
+    return ((_cell(u / s) - .5)**2 + (_cell(v / s) - .5)**2 < .09).astype(np.float32)
+def mesh(u, v, s, rng):
+    "Thin lines both ways."
+    return ((_cell(u / s) < .22) | (_cell(v / s) < .22)).astype(np.float32)
 def bricks(u, v, s, rng):
+    "Rows of bricks, every other row shifted."
     return ((_cell(v / s) < .25) | (_cell(u / (2 * s) + .5 * _odd(v / s)) < .13)).astype(np.float32)
-def zigzag(u, v, s, rng): return (_cell(u / s + np.abs(_cell(v / (2 * s)) - .5) * 2) < .5).astype(np.float32)
+def zigzag(u, v, s, rng):
+    "Bars that turn back and forth."
+    return (_cell(u / s + np.abs(_cell(v / (2 * s)) - .5) * 2) < .5).astype(np.float32)
 def rings(u, v, s, rng):
+    "Rings around a point of the image."
     cu, cv = (rng.uniform(a.min(), a.max()) for a in (u, v))
     return _wave(np.hypot(u - cu, v - cv) / s)
 
 # %% ../nbs/00_data.ipynb #c017
-def clouds(u, v, s, rng): return _smooth_noise(rng, len(u), 3 * s, 3 * s)
-def camouflage(u, v, s, rng): return (_smooth_noise(rng, len(u), .8 * s, .8 * s) > .5).astype(np.float32)
-def speckle(u, v, s, rng): return rng.random(u.shape, dtype=np.float32)
+def clouds(u, v, s, rng):
+    "Smooth noise."
+    return _smooth_noise(rng, len(u), 3 * s, 3 * s)
+def camouflage(u, v, s, rng):
+    "Patches: smooth noise, cut at half."
+    return (_smooth_noise(rng, len(u), .8 * s, .8 * s) > .5).astype(np.float32)
+def speckle(u, v, s, rng):
+    "Noise of every pixel."
+    return rng.random(u.shape, dtype=np.float32)
 def bark(u, v, s, rng):
+    "Noise smooth along one direction."
     long, short = 2.5 * s, .3 * s
     return _smooth_noise(rng, len(u), *((long, short) if rng.random() < .5 else (short, long)))
 
@@ -169,15 +190,19 @@ class Scenes(SegmentationData):
     def label(self, i): return f"Scenes({self.split!r}) item {i}"
     def describe(self): return {**super().describe(), "seed": self.seed, "size": self.size, "tie": self.tie}
 
-    def load(self, i):
-        rng = np.random.default_rng((self.seed, self.splits[self.split], i))
-        region, groups = _regions(rng, self.size)
-        ids = np.array([rng.integers(len(TEXTURES)) if rng.random() > self.tie else rng.choice(g) for g in groups], np.uint8)
-        t = np.choose(region, [_texture(rng, self.size, c) for c in ids])
-        image = _colour(t, region, _colours(rng, len(ids)))
-        image += rng.normal(0, .02, t.shape).astype(np.float32)
-        mask = np.where(_edges(region), np.uint8(self.ignore_index), ids[region])
-        return torch.from_numpy((image.clip(0, 1) * 255).astype(np.uint8)), torch.from_numpy(mask)
+# %% ../nbs/00_data.ipynb #a609aacc
+def _draw_scene(self, i):
+    "Image [3, size, size] and mask [size, size] of one item, uint8."
+    rng = np.random.default_rng((self.seed, self.splits[self.split], i))
+    region, groups = _regions(rng, self.size)
+    ids = np.array([rng.integers(len(TEXTURES)) if rng.random() > self.tie else rng.choice(g) for g in groups], np.uint8)
+    t = np.choose(region, [_texture(rng, self.size, c) for c in ids])
+    image = _colour(t, region, _colours(rng, len(ids)))
+    image += rng.normal(0, .02, t.shape).astype(np.float32)
+    mask = np.where(_edges(region), np.uint8(self.ignore_index), ids[region])
+    return torch.from_numpy((image.clip(0, 1) * 255).astype(np.uint8)), torch.from_numpy(mask)
+
+Scenes.load = _draw_scene
 
 # %% ../nbs/00_data.ipynb #c025
 @lru_cache(maxsize=8)

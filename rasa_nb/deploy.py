@@ -233,9 +233,8 @@ def _load_any(cls, path):
     "Reads a head that `save` wrote, or a head checkpoint that others released."
     try: return _load_head(cls, path)
     except ValueError as unknown:
-        try: pairs = _released_pairs(_read_tensors(path), path)
+        try: return load_released_head(path)
         except ValueError: raise unknown from None
-    return load_released_head(path)
 
 RASAHead.load = classmethod(_load_any)
 

@@ -73,23 +73,6 @@ class Moments:
     def embed_dim(self): return self.cell_sums.shape[-1]
     def __repr__(self): return f"Moments({self.count} images, grid {self.grid_size}, D={self.embed_dim})"
 
-    def update(self,
-        patch_tokens,     # [B, gh, gw, D]
-        indices=None,     # [B], which images these are; None: the next ones
-    ):
-        "Adds a batch of tokens and returns self; tokens that are not finite are refused, naming the image."
-        if patch_tokens.shape[1:] != self.cell_sums.shape[1:]:
-            raise ValueError(f"tokens {tuple(patch_tokens.shape[1:])} do not fit moments of grid {self.grid_size} and D={self.embed_dim}")
-        indices = torch.arange(len(patch_tokens)) + self.count if indices is None else torch.as_tensor(indices)
-        finite = patch_tokens.isfinite().flatten(1).all(1).cpu()
-        if not finite.all(): raise ValueError(f"tokens of image {int(indices[~finite][0])} are not finite")
-        for some, group in zip(patch_tokens.detach().split(8), (indices % len(self.counts)).split(8)):  # few at a time: float64 copies are large
-            z = some.cpu().double()
-            self.counts.index_add_(0, group, torch.ones(len(z), dtype=torch.float64)); self.cell_sums.index_add_(0, group, z)
-            flat = z.flatten(0, 2).numpy()
-            self.second += torch.from_numpy(flat.T @ flat)   # numpy makes one half of a symmetric product, torch both
-        return self
-
     def __add__(self, other):
         if self.cell_sums.shape != other.cell_sums.shape: raise ValueError(f"{self} and {other} do not add up: another grid, dimension or number of groups")
         both = copy.copy(self)
@@ -98,6 +81,26 @@ class Moments:
         return both
 
 # %% ../nbs/01c_moments.ipynb #c016
+def _update_moments(self:Moments,
+    patch_tokens,     # [B, gh, gw, D]
+    indices=None,     # [B], which images these are; None: the next ones
+):
+    "Adds a batch of tokens and returns self; tokens that are not finite are refused, naming the image."
+    if patch_tokens.shape[1:] != self.cell_sums.shape[1:]:
+        raise ValueError(f"tokens {tuple(patch_tokens.shape[1:])} do not fit moments of grid {self.grid_size} and D={self.embed_dim}")
+    indices = torch.arange(len(patch_tokens)) + self.count if indices is None else torch.as_tensor(indices)
+    finite = patch_tokens.isfinite().flatten(1).all(1).cpu()
+    if not finite.all(): raise ValueError(f"tokens of image {int(indices[~finite][0])} are not finite")
+    for some, group in zip(patch_tokens.detach().split(8), (indices % len(self.counts)).split(8)):  # few at a time: float64 copies are large
+        z = some.cpu().double()
+        self.counts.index_add_(0, group, torch.ones(len(z), dtype=torch.float64)); self.cell_sums.index_add_(0, group, z)
+        flat = z.flatten(0, 2).numpy()
+        self.second += torch.from_numpy(flat.T @ flat)   # numpy makes one half of a symmetric product, torch both
+    return self
+
+Moments.update = _update_moments
+
+# %% ../nbs/01c_moments.ipynb #c018
 def _moments_cell_mean(self): return self.cell_sums.sum(0) / max(self.count, 1)
 def _moments_mean(self): return self.cell_mean.mean((0, 1))
 def _moments_cov(self): return self.second / (self.count * math.prod(self.grid_size)) - torch.outer(self.mean, self.mean)
@@ -121,7 +124,7 @@ def _moments_group_cross(self:Moments, targets):
 
 Moments.group_cross = _moments_group_cross
 
-# %% ../nbs/01c_moments.ipynb #c020
+# %% ../nbs/01c_moments.ipynb #c022
 def write_safetensors(path, tensors, format, metadata):
     "Writes tensors and plain metadata to a safetensors file, whole or not at all."
     path = Path(path); part = path.with_name(path.name + ".part")
@@ -136,7 +139,7 @@ def read_safetensors(path, format):
     if meta.get("format") != format: raise ValueError(f"{path} is no {format} file: format {meta.get('format')!r}, tensors {sorted(tensors)[:4]}")
     return tensors, json.loads(meta["metadata"])
 
-# %% ../nbs/01c_moments.ipynb #c023
+# %% ../nbs/01c_moments.ipynb #c025
 def collect_moments(
     encoder,                # a `PatchEncoder`
     data,                   # images; masks are never looked at
@@ -162,12 +165,12 @@ def collect_moments(
         if file and moments.count: moments.save(file)
     return moments.all_reduce()
 
-# %% ../nbs/01c_moments.ipynb #c024
+# %% ../nbs/01c_moments.ipynb #c026
 def describe_fit(encoder, image_size, data, random_state, augment="published") -> dict:
     "Returns what a head and moments remember of the images and the encoder they were made from, as they come back from JSON."
     return json.loads(json.dumps(dict(fitted_on(encoder), image_size=image_size, data=data.describe(), augment=augment, random_state=random_state)))
 
-# %% ../nbs/01c_moments.ipynb #c026
+# %% ../nbs/01c_moments.ipynb #c028
 def _save_moments(self:Moments, path):
     "Writes the sums to a safetensors file, whole or not at all."
     write_safetensors(path, {k: getattr(self, k) for k in ("counts", "cell_sums", "second")}, "rasa_nb.moments.1", self.source)
@@ -185,7 +188,7 @@ def _resume(file, source):
     if moments.source != source: raise ValueError(f"{file} holds moments of {moments.source}, not of {source}: remove it, or name another file")
     return moments
 
-# %% ../nbs/01c_moments.ipynb #c027
+# %% ../nbs/01c_moments.ipynb #c029
 def _process():
     "(rank, number of processes) under torch.distributed, (0, 1) otherwise."
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)

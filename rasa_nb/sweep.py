@@ -411,7 +411,7 @@ def _parser():
                "Parameters of a run, for -p: " + ", ".join(f.name for f in fields(Config) if f.name not in ("out_dir", "run_name", "cache_dir"))
                + ".\nThe first cells of nbs/03_train.ipynb explain each. `papermill nbs/04_report.ipynb report.ipynb -p runs_dir runs` makes the tables.")
     p.add_argument("--model", nargs="+", default=["tiny"], help="tiny, vits, vitb, vitl (DINOv3), dinov2_vits, ..., or any ViT of timm; default: tiny")
-    p.add_argument("--solver", nargs="+", default=["closed_form"], help="closed_form, sgd, released, position_mean; default: closed_form")
+    p.add_argument("--solver", nargs="+", default=["closed_form"], help="closed_form, sgd, released, position_mean, auto; default: closed_form")
     p.add_argument("--seeds", type=int, default=1, metavar="N", help="runs per combination: fits with seed 0 to N-1; default: 1. (Each run is scored with several K-means seeds, see -p seeds.)")
     p.add_argument("-p", "--parameter", nargs="+", action="append", default=[], metavar="NAME VALUE", help="a parameter of the run and its value or values; may be given several times")
     p.add_argument("--out-dir", default="runs", help="folder of the runs; default: runs")
