@@ -21,7 +21,7 @@ test: export OMP_NUM_THREADS = 1
 test: $(VENV)/.stamp           ## notebooks as tests, module in step with notebooks, notebooks clean, pytest
 	$(BIN)/nbdev_test --n_workers 2 --timing
 	$(BIN)/python scripts/check_sync.py
-	$(BIN)/python -m pytest -q tests --durations=5
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests --durations=8
 
 test-browser: export OMP_NUM_THREADS = 1
 test-browser: $(VENV)/.stamp   ## what needs a browser, in a headless one; skipped, saying why, where there is none

@@ -349,8 +349,10 @@ def _fit_auto(self, *parts):  # `Moments` of three disjoint sets of images: to f
 
 def _position_and_content(head, probe, score):
     after = [moments_after(m, head, m.grid_size) for m in (probe, score)]
+    content = content_in(after[1]) / content_in(score)
+    if content < 1e-9: return dict(r2=0., content=0.)   # nothing is left, neither position nor anything else
     r2 = ridge_r2(*after, position_targets(score.grid_size)).nanmean()   # nan: a grid of one row has no row to tell
-    return dict(r2=float(r2), content=content_in(after[1]) / content_in(score))
+    return dict(r2=float(r2), content=content)
 
 # %% ../nbs/02a_baselines.ipynb #c071
 def _choose_blind(table, leak):

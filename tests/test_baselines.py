@@ -165,3 +165,13 @@ def test_bad_input():
                         (lambda: ShiftAverage().attach(additive(0))(torch.rand(1, 3, 30, 32)), "no multiple of the patch size")]:
         with pytest.raises(ValueError, match=match): call()
     with pytest.raises(TypeError, match="use attach"): ShiftAverage().transform(z)
+
+
+def test_auto_where_a_method_takes_all_there_is():
+    "Tokens of two dimensions that are position and little else: some candidate removes both, which is no reason to fail, nor to be chosen."
+    def parts():
+        for seed in range(3):
+            z = torch.randn(60, 6, 6, 2, generator=torch.Generator().manual_seed(seed))
+            yield moments_of(.3 * z + 3 * orthonormal_targets(position_targets((6, 6))).float())
+    auto = Auto().fit_moments(*parts())
+    assert auto.choice_.table.content.min() == 0 and auto.choice_.table.content[auto.choice_.method] > .5
