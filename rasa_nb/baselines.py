@@ -81,8 +81,9 @@ def _solve_blank(self, m):
     if n != int(n) or not 1 <= n <= m.embed_dim: raise ValueError(f"n_directions={self.n_directions!r}: expected a whole number from 1 to {m.embed_dim}, or a share of D above 0 and below 1")
     z = F.normalize(m.cell_mean.flatten(0, 1), dim=-1)
     _, s, directions = torch.linalg.svd(z - z.mean(0), full_matrices=False)
-    if s[0] < 1e-9: raise ValueError("all tokens of the blank image are the same: no position to learn from it, or an image size of one patch")
-    self.basis_ = directions[:int(n)][s[:int(n)] > 1e-6 * s[0]].T   # a small image has fewer directions than were asked for
+    if len(z) == 1: raise ValueError("the blank image has one patch only: no position to learn from it, take a larger one")
+    kept = s[:int(n)] > max(1e-6 * s[0], 1e-5)   # a small image has fewer directions than were asked for, one without position none
+    self.basis_ = directions[:int(n)][kept].T
     return torch.eye(m.embed_dim) - self.basis_ @ self.basis_.T, None
 
 BlankSVD._solve = _solve_blank
