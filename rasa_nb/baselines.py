@@ -172,7 +172,7 @@ def roster(
     s = dict(random_state=random_state)
     return {"RASA as released": RASA.released(**s), "RASA as in the paper": RASA.paper(**s), "RASA, sgd, global basis": RASA("sgd", basis="global", **s),
             "RASA, closed form": RASA("closed_form", "coords", **s), "RASA, closed form, fourier": RASA("closed_form", "fourier", **s),
-            "RASA, closed form, fourier, full rank": RASA("closed_form", "fourier", rank="all", **s), "RASA, closed form, ridge 0.1": RASA("closed_form", "coords", ridge=.1, **s), "LEACE": LEACE("coords", **s), "LEACE, fourier": LEACE("fourier", **s),
+            "RASA, closed form, fourier, full rank": RASA("closed_form", "fourier", rank="all", **s), "RASA, closed form, grid": RASA("closed_form", "grid", **s), "RASA, closed form, ridge 0.1": RASA("closed_form", "coords", ridge=.1, **s), "LEACE": LEACE("coords", **s), "LEACE, fourier": LEACE("fourier", **s),
             "blank-image SVD, 4": BlankSVD(4, **s), "blank-image SVD, 10": BlankSVD(10, **s), "blank-image SVD, D/2": BlankSVD(.5, **s),
             "PCA by position, 2": RemovePCA(2, "position", **s), "PCA by variance, 2": RemovePCA(2, "variance", **s),
             "position mean": PositionMean(**s), "position mean, whole": PositionMean("all", **s), "position mean + RASA": MeanThenRASA("coords", **s), "position mean + RASA, fourier": MeanThenRASA("fourier", **s),

@@ -95,6 +95,7 @@ class RASA(PositionRemover):
     def __init__(self,
         solver:str="closed_form",  # "closed_form" (one pass), or "sgd" (the published heads, trained on tokens encoded once)
         targets="auto",            # see `position_targets`; "auto": "fourier" in closed form, "coords", as published, for sgd
+        n_harmonics:int=1,         # of targets "fourier": cosines and sines of pi, 2 pi, ... of row and column
         rank="evidence",           # closed_form: directions to remove; "evidence" as many as `position_evidence` finds, "all" that the targets span, or a number
         level:float=.01,           # closed_form: chance of removing a direction where nothing leaks
         ridge=None,                # closed_form: None is the cross-covariance; a number leads from least squares (0) to it (infinite), see below
@@ -107,7 +108,7 @@ class RASA(PositionRemover):
         augment_every_epoch:bool=False,  # sgd: encode anew in every epoch, as the original does
         random_state:int=0,        # of augmentation, initial weights and order
     ):
-        self.solver, self.targets, self.rank, self.level, self.ridge = solver, targets, rank, level, ridge
+        self.solver, self.targets, self.n_harmonics, self.rank, self.level, self.ridge = solver, targets, n_harmonics, rank, level, ridge
         self.n_iter, self.basis, self.lr, self.epochs, self.batch_size = n_iter, basis, lr, epochs, batch_size
         self.tol, self.augment_every_epoch, self.random_state = tol, augment_every_epoch, random_state
 
@@ -181,7 +182,7 @@ def _fit_tokens(self, patch_tokens, source=None):  # [n, gh, gw, D]
 
 def _fit_source(self, batches_of, grid, embed_dim, n, source):
     self._embed_dim = embed_dim
-    targets = position_targets(grid, self._which_targets)
+    targets = position_targets(grid, self._which_targets, self.n_harmonics)
     _check_rasa(self, embed_dim, targets.shape[-1])
     return self._set_head(self._train(batches_of, targets, self.epochs * math.ceil(n / self.batch_size)), None, source)
 
@@ -266,7 +267,7 @@ def _strongest(matrices):
 # %% ../nbs/02_rasa.ipynb #c050
 def _solve_rasa(self, moments):
     if self.solver == "sgd": raise ValueError("solver='sgd' learns from tokens, not moments: use fit(encoder, data) or fit_tokens(tokens)")
-    targets = position_targets(moments.grid_size, self._which_targets)
+    targets = position_targets(moments.grid_size, self._which_targets, self.n_harmonics)
     _check_rasa(self, moments.embed_dim, targets.shape[-1])
     self.basis_ = torch.zeros(moments.embed_dim, 0, dtype=torch.float64)
     for i in range(1 if self.ridge is None else self.n_iter):

@@ -253,6 +253,12 @@ def test_ridge_leads_from_least_squares_to_the_cross_covariance():
     assert RASA(targets="coords", ridge=.1).fit_moments(moments_of(smooth_tokens(0))).basis_.shape[1] == 0   # nothing to find: no round begins
 
 
+def test_harmonics_are_targets_too():
+    m = moments_of(tokens_of((6, 6), 16))
+    for n, targets in ((1, 7), (2, 11)): assert RASA(targets="fourier", n_harmonics=n, rank="all").fit_moments(m).basis_.shape[1] == min(targets, 16)
+    assert RASA().get_params()["n_harmonics"] == 1
+
+
 def test_turns_keep_every_pixel_and_are_remembered(tiny):
     pixel = PatchEncoder(torch.nn.Identity(), lambda m, x: m(x).permute(0, 2, 3, 1), 3, 1, image_size=96)
     scenes = Scenes("train", 16)
