@@ -30,7 +30,7 @@ from .visualize import similarity_maps
 
 # %% ../nbs/03_train.ipynb #c010
 SOLVERS = dict(closed_form=lambda c: RASA("closed_form", c.targets, random_state=c.seed),
-               sgd=lambda c: RASA("sgd", c.targets, c.n_iter, random_state=c.seed),
+               sgd=lambda c: RASA("sgd", c.targets, n_iter=c.n_iter, random_state=c.seed),
                released=lambda c: RASA.released(random_state=c.seed),
                position_mean=lambda c: PositionMean(random_state=c.seed),
                auto=lambda c: Auto(random_state=c.seed))

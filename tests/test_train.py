@@ -123,3 +123,8 @@ def test_real_weights_on_real_photographs(tmp_path, deit_file, voc_root):
     run = train(config, progress=False)
     assert run.result.protocol.image_size == 224 and set(run.result.absent) >= {"train"}
     assert run.r2.mean["before"] > run.r2.mean["after"]
+
+
+def test_every_parameter_of_a_solver_reaches_it():
+    assert Config(solver="sgd", n_iter=3, seed=2).remover.get_params()["n_iter"] == 3 and Config(solver="sgd", seed=2).remover.random_state == 2
+    assert Config(targets="grid").remover.targets == "grid" and Config(solver="auto", seed=1).remover.random_state == 1
