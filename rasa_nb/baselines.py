@@ -326,15 +326,15 @@ class Auto(PositionRemover):
         "Returns the methods to choose from, by name: those that are maps of tokens and learn from moments."
         return {n: r for n, r in roster(self.random_state).items() if isinstance(r, (LEACE, PositionMean, MeanThenRASA)) or getattr(r, "solver", None) == "closed_form"}
 
-    def fit(self, encoder, data, image_size=None, batch_size:int=32, num_workers:int=0, desc=None):
+    def fit(self, encoder, data, image_size=None, batch_size:int=32, num_workers:int=0, desc=None, augment:str="published"):
         "Learns and chooses from one pass over the images, augmented, and returns self; under torch.distributed each process takes its share."
         size, (rank, world) = image_size or encoder.image_size, _process()
         parts, mine = [Moments(check_image_size(size, encoder.patch_size), encoder.embed_dim) for _ in range(3)], range(rank, len(data), world)
-        shown = Subset(Transformed(data, augmentation(size), self.random_state), mine)
+        shown = Subset(Transformed(data, augmentation(size, augment), self.random_state), mine)
         for images, _ in batches(shown, batch_size, num_workers, desc) if mine else ():
             tokens, index, mine = encoder(images), torch.tensor(mine[:len(images)]), mine[len(images):]
             for i, part in enumerate(parts): part.update(tokens[index % 3 == i], index[index % 3 == i] // 3)
-        parts[0].source = describe_fit(encoder, size, data, self.random_state)
+        parts[0].source = describe_fit(encoder, size, data, self.random_state, augment)
         return self.fit_moments(*(part.all_reduce() for part in parts))
 
 # %% ../nbs/02a_baselines.ipynb #c070

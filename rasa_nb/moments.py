@@ -75,6 +75,8 @@ class Moments:
 
     def __add__(self, other):
         if self.cell_sums.shape != other.cell_sums.shape: raise ValueError(f"{self} and {other} do not add up: another grid, dimension or number of groups")
+        mine, theirs = (m.source.get("encoder_hash") for m in (self, other))
+        if mine and theirs and mine != theirs: raise ValueError(f"moments of {self.source.get('encoder')!r} and of {other.source.get('encoder')!r} do not add up: two encoders")
         both = copy.copy(self)
         for name in ("counts", "cell_sums", "second"): setattr(both, name, getattr(self, name) + getattr(other, name))
         both.source = self.source | {k: [self.source.get(k), v] for k, v in other.source.items() if v != self.source.get(k)}
@@ -152,7 +154,7 @@ def collect_moments(
     "Returns the moments of the tokens of all images, augmented."
     size, (rank, world) = image_size or encoder.image_size, _process()
     source = describe_fit(encoder, size, data, random_state, augment)
-    file = moments_file and Path(f"{moments_file}.{rank}" if world > 1 else moments_file)
+    file = moments_file and Path(f"{moments_file}.{rank}of{world}" if world > 1 else moments_file)
     moments = Moments(check_image_size(size, encoder.patch_size), encoder.embed_dim)
     if file and file.exists(): moments = _resume(file, source)
     moments.source, mine = source, range(rank, len(data), world)[moments.count:]

@@ -6,7 +6,7 @@
 __all__ = ['PositionRemover', 'RASA', 'cross_covariance_basis', 'Evidence', 'position_evidence', 'PositionMean']
 
 # %% ../nbs/02_rasa.ipynb #c003
-import inspect, math, tempfile
+import inspect, math, numbers, tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,12 +41,27 @@ class PositionRemover:
         return self
 
     @property
-    def projector_(self): return self.head_.projector
+    def projector_(self):
+        "The matrix [D, D] that tokens are multiplied by."
+        return self._fitted_head().projector
     def get_params(self): return {k: _plain(getattr(self, k)) for k in inspect.signature(type(self).__init__).parameters if k != "self"}
     def __repr__(self): return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.get_params().items())})"
-    def transform(self, patch_tokens): return self.head_(patch_tokens)
-    def attach(self, encoder, name=None): return DebiasedEncoder(encoder, self.head_, name)
-    def save(self, path): self.head_.save(path)
+
+    def _fitted_head(self):
+        if not hasattr(self, "head_"): raise ValueError(f"{type(self).__name__} is not fitted: call fit(encoder, data) first")
+        return self.head_
+
+    def transform(self, patch_tokens):
+        "Returns the tokens [B, gh, gw, D] with position removed."
+        return self._fitted_head()(patch_tokens)
+
+    def attach(self, encoder, name=None):
+        "Returns the encoder with the head behind it: same interface."
+        return DebiasedEncoder(encoder, self._fitted_head(), name)
+
+    def save(self, path):
+        "Writes parameters and head to a safetensors file, whole or not at all."
+        self._fitted_head().save(path)
 
 def _plain(v): return v if isinstance(v, (int, float, str, bool, type(None))) else getattr(v, "__name__", str(v))
 
@@ -81,7 +96,7 @@ def _train_head(
     losses = []
     for epoch in range(epochs):
         for z in source(epoch):
-            loss = F.mse_loss(torch.sigmoid(z.float() @ (weight @ projector).T), y.expand(len(z), -1, -1))
+            loss = F.mse_loss(torch.sigmoid(z.to(weight) @ (weight @ projector).T), y.expand(len(z), -1, -1))
             optimiser.zero_grad(); loss.backward(); optimiser.step(); schedule.step()
             losses.append(loss.item())
     return weight.detach(), losses
@@ -129,7 +144,7 @@ class RASA(PositionRemover):
 def _check_rasa(self, embed_dim, n_targets):
     for name, allowed in dict(solver=("closed_form", "sgd"), basis=("global", "pairwise")).items():
         if getattr(self, name) not in allowed: raise ValueError(f"{name}={getattr(self, name)!r}: expected {' or '.join(map(repr, allowed))}")
-    if self.rank not in ("evidence", "all") and not (isinstance(self.rank, int) and 0 <= self.rank <= embed_dim):
+    if self.rank not in ("evidence", "all") and not (isinstance(self.rank, numbers.Integral) and 0 <= self.rank <= embed_dim):
         raise ValueError(f"rank={self.rank!r}: expected 'evidence', 'all' or a number from 0 to {embed_dim}")
     if self.ridge is not None and not (isinstance(self.ridge, (int, float)) and 0 <= self.ridge < math.inf):
         raise ValueError(f"ridge={self.ridge!r}: expected None or a number from 0, in units of the mean variance of a dimension")
@@ -157,7 +172,10 @@ RASA._train = _train_rasa
 # %% ../nbs/02_rasa.ipynb #c027
 def _fit_rasa(self, encoder, data, image_size=None, cache_dir=None, augment="published", **options):
     "Learns from one pass over the images, augmented (solver 'sgd' with `augment_every_epoch`: epochs * n_iter passes), and returns self."
-    if self.solver != "sgd": return PositionRemover.fit(self, encoder, data, image_size, augment=augment, **options)
+    if self.solver != "sgd":
+        if cache_dir: raise ValueError("cache_dir is for the tokens of solver='sgd'; the closed form keeps sums only, see moments_file")
+        return PositionRemover.fit(self, encoder, data, image_size, augment=augment, **options)
+    if "moments_file" in options: raise ValueError("moments_file is for the closed form; solver='sgd' keeps tokens, see cache_dir")
     size = image_size or encoder.image_size; grid = check_image_size(size, encoder.patch_size)
     source = describe_fit(encoder, size, data, self.random_state, augment)
     if self.augment_every_epoch:
@@ -174,7 +192,10 @@ RASA.fit = _fit_rasa
 # %% ../nbs/02_rasa.ipynb #c028
 def _fit_tokens(self, patch_tokens, source=None):  # [n, gh, gw, D]
     "Learns from tokens already made and returns self."
-    if self.solver != "sgd": return self.fit_moments(Moments(patch_tokens.shape[1:3], patch_tokens.shape[3]).update(patch_tokens))
+    if self.solver != "sgd":
+        moments = Moments(patch_tokens.shape[1:3], patch_tokens.shape[3]).update(patch_tokens)
+        moments.source = source or {}
+        return self.fit_moments(moments)
     for i, z in enumerate(patch_tokens.split(64)): Moments(z.shape[1:3], z.shape[3], 1).update(z, torch.arange(len(z)) + 64 * i)  # refuses what is not finite
     order = torch.Generator().manual_seed(self.random_state)
     batches_of = lambda epoch: (patch_tokens[i].flatten(1, 2) for i in torch.randperm(len(patch_tokens), generator=order).split(self.batch_size))
@@ -274,7 +295,9 @@ def _solve_rasa(self, moments):
         new = _directions(self, moments, targets, _complement(self.basis_), first=i == 0)
         self.basis_ = torch.linalg.qr(torch.cat([self.basis_, new], 1))[0]
         if not new.shape[1]: break
-    if isinstance(self.rank, int): self.basis_ = self.basis_[:, :self.rank]
+    if isinstance(self.rank, numbers.Integral):
+        if self.basis_.shape[1] < self.rank: raise ValueError(f"rank={self.rank}: targets {self._which_targets!r} span {self.basis_.shape[1]} directions; take more targets (n_harmonics=, targets='grid') or a smaller rank")
+        self.basis_ = self.basis_[:, :self.rank]
     return _complement(self.basis_), None
 
 def _directions(self, moments, targets, left, first):

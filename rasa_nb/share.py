@@ -93,9 +93,11 @@ Claim.acquire = _acquire
 def _beat(self):
     "Gives signs of life until released; tells if another process took over."
     while not self.released.wait(min(10, self.stale / 6)):
-        try: os.utime(self.file); lost = self.owner() is not None
-        except OSError: lost = not self.released.is_set()
-        if lost and self.on_lost: return self.on_lost()
+        file = self.file
+        if file is None: return   # released meanwhile
+        try: os.utime(file); lost = self.owner() is not None
+        except OSError: lost = True
+        if lost and self.on_lost and not self.released.is_set(): return self.on_lost()
 
 def _release(self):
     "Gives the work back."
