@@ -40,30 +40,30 @@ class PositionRemover:
         self.head_ = RASAHead(projector, offset, dict(method=type(self).__name__, params=self.get_params(), fitted_on=source))
         return self
 
-    @property
-    def projector_(self):
-        "The matrix [D, D] that tokens are multiplied by."
-        return self._fitted_head().projector
     def get_params(self): return {k: _plain(getattr(self, k)) for k in inspect.signature(type(self).__init__).parameters if k != "self"}
     def __repr__(self): return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.get_params().items())})"
 
-    def _fitted_head(self):
-        if not hasattr(self, "head_"): raise ValueError(f"{type(self).__name__} is not fitted: call fit(encoder, data) first")
-        return self.head_
+def _plain(v): return v if isinstance(v, (int, float, str, bool, type(None))) else int(v) if isinstance(v, numbers.Integral) else getattr(v, "__name__", str(v))
 
-    def transform(self, patch_tokens):
-        "Returns the tokens [B, gh, gw, D] with position removed."
-        return self._fitted_head()(patch_tokens)
+# %% ../nbs/02_rasa.ipynb #2c0c5d00
+def _fitted_head(self:PositionRemover):
+    if not hasattr(self, "head_"): raise ValueError(f"{type(self).__name__} is not fitted: call fit(encoder, data) first")
+    return self.head_
 
-    def attach(self, encoder, name=None):
-        "Returns the encoder with the head behind it: same interface."
-        return DebiasedEncoder(encoder, self._fitted_head(), name)
+def _transform(self, patch_tokens):
+    "Returns the tokens [B, gh, gw, D] with position removed."
+    return self._fitted_head()(patch_tokens)
 
-    def save(self, path):
-        "Writes parameters and head to a safetensors file, whole or not at all."
-        self._fitted_head().save(path)
+def _attach(self, encoder, name=None):
+    "Returns the encoder with the head behind it: same interface."
+    return DebiasedEncoder(encoder, self._fitted_head(), name)
 
-def _plain(v): return v if isinstance(v, (int, float, str, bool, type(None))) else getattr(v, "__name__", str(v))
+def _save_remover(self, path):
+    "Writes parameters and head to a safetensors file, whole or not at all."
+    self._fitted_head().save(path)
+
+PositionRemover._fitted_head, PositionRemover.transform, PositionRemover.attach, PositionRemover.save = _fitted_head, _transform, _attach, _save_remover
+PositionRemover.projector_ = property(lambda self: self._fitted_head().projector, doc="The matrix [D, D] that tokens are multiplied by.")
 
 # %% ../nbs/02_rasa.ipynb #c010
 @classmethod

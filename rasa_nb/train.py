@@ -28,13 +28,14 @@ from .overcluster import LEOPART, OverclusterResult, overcluster
 from .share import only_one, share_tokens
 from .visualize import similarity_maps
 
-# %% ../nbs/03_train.ipynb #c010
+# %% ../nbs/03_train.ipynb #6ae08f4b
 SOLVERS = dict(closed_form=lambda c: RASA("closed_form", c.targets, random_state=c.seed),
                sgd=lambda c: RASA("sgd", c.targets, n_iter=c.n_iter, random_state=c.seed),
                released=lambda c: RASA.released(random_state=c.seed),
                position_mean=lambda c: PositionMean(random_state=c.seed),
                auto=lambda c: Auto(random_state=c.seed))
 
+# %% ../nbs/03_train.ipynb #c010
 @dataclass(frozen=True)
 class Config:
     "Parameters of a run, checked; the parameters cell of this notebook explains each."

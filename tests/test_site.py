@@ -70,11 +70,11 @@ def test_mathematics_needs_no_script(build):
 
 
 def test_a_signature_shows_every_parameter_and_links_names(build):
-    from rasa_nb.rasa import collect_moments
+    from rasa_nb.moments import collect_moments
     code = build.signature("collect_moments", collect_moments)
     for part in ("def collect_moments(", "random_state:int=0", "# of the augmentation", ") -> Moments"): assert part in code
     shown = build.highlighted(code, page(build, "tutorials"), {}, {"collect_moments"})
-    assert '<a href="../rasa.html#moments">Moments</a>' in shown and '<a href="../patch_encoder.html#patchencoder">PatchEncoder</a>' in shown
+    assert '<a href="../moments.html#moments">Moments</a>' in shown and '<a href="../patch_encoder.html#patchencoder">PatchEncoder</a>' in shown
 
 
 def test_a_default_with_a_name_is_shown_by_it(build):
