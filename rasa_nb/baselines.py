@@ -233,9 +233,11 @@ class Comparison:
 
 # %% ../nbs/02a_baselines.ipynb #c054
 def _caption(self):
+    changed = [f"{k}={self.protocol[k]}" for k in ("n_init", "max_iter") if self.protocol.get(k, getattr(LEOPART, k)) != getattr(LEOPART, k)]
+    other = f" (with {', '.join(changed)})" if changed else ""
     seeds = len(next(iter(next(iter(self.miou.values())).values())))
     return (f"{self.encoder}: fitted on {self.learned['images']} images of {self.learned['name']}, scored on {self.scored['images']} of {self.scored['name']}; "
-            f"mIoU in percent, protocol {self.protocol['name']} at {self.protocol['image_size']} px, mean ± std of {seeds} K-means seeds; R² on held-out images, mean of row and column")
+            f"mIoU in percent, protocol {self.protocol['name']} at {self.protocol['image_size']} px{other}, mean ± std of {seeds} K-means seeds; R² on held-out images, mean of row and column")
 
 def _to_markdown(self):
     "Returns the table as Markdown."

@@ -116,7 +116,7 @@ def _parameters(spec):
 def _by_notebook(spec, parameters):
     import nbformat, papermill   # here, because nothing else needs them
     nb, work, folder = nbformat.read(spec["notebook"], 4), Path(spec["out_dir"]) / ".sweep" / f"{spec['name']}.ipynb", Path(spec["out_dir"]) / spec["name"]
-    nb.cells = [c for c in nb.cells if "nbdev_export(" not in c.source]
+    nb.cells = [c for c in nb.cells if "nbdev_export" + "(" not in c.source]   # in one piece nbdev_test would leave this cell out
     nbformat.write(nb, work)
     papermill.execute_notebook(work, work, parameters, progress_bar=False)
     if not (folder / "run.json").exists(): raise RuntimeError(f"{spec['notebook']} ended without an error and without {folder / 'run.json'}: is it a notebook of runs?")
