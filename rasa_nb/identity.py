@@ -35,7 +35,7 @@ def fitted_on(
 ) -> dict:
     "Returns what a head should remember of the encoder it was fitted on, as plain values."
     return dict(encoder=encoder.name, encoder_hash=encoder_hash(encoder), embed_dim=encoder.embed_dim, patch_size=encoder.patch_size,
-                layers=getattr(encoder, "layers", None), norm=getattr(encoder, "norm", True), licence=encoder.licence,
+                layers=list(getattr(encoder, "layers", ())) or None, norm=getattr(encoder, "norm", True), licence=encoder.licence,
                 versions={p: _version(p) for p in ("rasa_nb", "torch", "timm")})
 
 def _version(package):

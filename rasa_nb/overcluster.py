@@ -107,7 +107,7 @@ def fingerprint(
 
 def _settings(module):
     kept = {k: v for k, v in vars(module).items() if k != "name" and not k.startswith("_")}   # what starts so is torch's, or a cache
-    plain = {k: str(v) for k, v in kept.items() if isinstance(v, (bool, int, float, str, tuple, list, type(None), torch.dtype))}
+    plain = {k: str(v) for k, v in kept.items() if isinstance(v, (bool, int, float, str, tuple, torch.dtype))}
     return module.extra_repr(), plain, getattr(getattr(module, "tokens", None), "__qualname__", "")
 
 def _run_files(folder, encoders, ks, protocol, data, examples):

@@ -122,9 +122,9 @@ class ViTEncoder(PatchEncoder):
         self._choose(layer, norm)
 
     def _choose(self, layer, norm):
-        self.layers, self.norm = _layer_numbers(layer, self.num_layers), norm
+        self.layers, self.norm = tuple(_layer_numbers(layer, self.num_layers)), norm
         dim, name = self._single
-        where = "" if self.layers == [self.num_layers - 1] else " block " + "+".join(map(str, self.layers))
+        where = "" if self.layers == (self.num_layers - 1,) else " block " + "+".join(map(str, self.layers))
         self.embed_dim, self.name = dim * len(self.layers), name + where + ("" if norm else ", no norm")
 
     def blocks(self, images, layers, norm=True):

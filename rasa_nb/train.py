@@ -78,8 +78,6 @@ def _check_config(c):
         if getattr(c, name) < least: raise ValueError(f"{name}={getattr(c, name)}: expected at least {least}")
     for name, allowed in dict(data=("auto", "scenes", "voc"), solver=tuple(SOLVERS), targets=("auto", "coords", "fourier", "grid"), device=("", "cpu", "cuda", "mps")).items():
         if getattr(c, name) not in allowed: raise ValueError(f"{name}={getattr(c, name)!r}: expected one of {', '.join(map(repr, allowed))}")
-    if c.targets != "auto" and c.solver not in ("closed_form", "sgd"): raise ValueError(f"targets={c.targets!r}: solver={c.solver!r} takes none, leave it 'auto'")
-    if c.n_iter != 9 and c.solver != "sgd": raise ValueError(f"n_iter={c.n_iter}: only solver='sgd' takes it, leave it 9")
     check_name(c.model)
     if c.checkpoint and not Path(c.checkpoint).is_file(): raise FileNotFoundError(f"checkpoint={c.checkpoint!r}: no such file")
     if Path(c.run_name).name != c.run_name: raise ValueError(f"run_name={c.run_name!r}: expected a plain folder name")

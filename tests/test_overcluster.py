@@ -390,3 +390,11 @@ def test_half_precision_that_overflows_is_refused():
 def test_without_faiss_the_error_says_what_to_do(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "faiss", None)
     with pytest.raises(ImportError, match="pip install faiss-cpu"): kmeans_centres(torch.randn(30, 4), 3, LEOPART.replace(library="faiss"), 0)
+
+
+def test_layers_have_fingerprints_of_their_own_and_caches_have_none(tiny):
+    from rasa_nb.identity import encoder_hash
+    from rasa_nb.overcluster import fingerprint
+    before = fingerprint(tiny)
+    encoder_hash(tiny)
+    assert fingerprint(tiny) == before and len({fingerprint(tiny.at(i)) for i in (2, 4, 5)}) == 3

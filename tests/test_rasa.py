@@ -267,3 +267,8 @@ def test_turns_keep_every_pixel_and_are_remembered(tiny):
     assert not torch.allclose(total("published").mean, total("turns").mean, atol=1e-6) and total("turns").source["augment"] == "turns"
     head = RASA(rank="all").fit(tiny, Scenes("train", 20), augment="turns").head_
     assert head.metadata["fitted_on"]["augment"] == "turns"
+
+
+def test_a_head_meets_its_own_encoder_without_a_word(tiny, recwarn):
+    RASA(rank="all").fit(tiny, Scenes("train", 20)).attach(tiny)
+    assert not [w for w in recwarn if "not the same encoder" in str(w.message)]
