@@ -51,9 +51,7 @@ def save(path, done):
 
 def load(path):
     if not path.exists(): return {}
-    known = Comparison.__dataclass_fields__
-    read = lambda c: Comparison(**{k: v for k, v in c.items() if k in known} | dict(miou={n: {int(k): v for k, v in of.items()} for n, of in c["miou"].items()}))
-    return {name: read(c) for name, c in json.loads(path.read_text()).items()}
+    return {name: Comparison.from_dict(c) for name, c in json.loads(path.read_text()).items()}
 
 
 if __name__ == "__main__":

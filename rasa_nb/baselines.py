@@ -231,6 +231,12 @@ class Comparison:
     def to_dict(self): return asdict(self) | dict(mean={n: {k: self.mean(n, k) for k in v} for n, v in self.miou.items()},
                                                   std={n: {k: self.std(n, k) for k in v} for n, v in self.miou.items()})
 
+    @classmethod
+    def from_dict(cls, record):
+        "Returns the comparison that `to_dict` wrote, also by way of JSON."
+        known = {k: v for k, v in record.items() if k in cls.__dataclass_fields__}
+        return cls(**known | dict(miou={name: {int(k): seeds for k, seeds in of.items()} for name, of in record["miou"].items()}))
+
 # %% ../nbs/02a_baselines.ipynb #c054
 def _caption(self):
     changed = [f"{k}={self.protocol[k]}" for k in ("n_init", "max_iter") if self.protocol.get(k, getattr(LEOPART, k)) != getattr(LEOPART, k)]
