@@ -29,7 +29,8 @@ from sklearn.preprocessing import StandardScaler
 # %% ../nbs/02b_bias.ipynb #c005
 from .data import Evaluation, Transformed, augmentation
 from .encoders import check_image_size
-from .rasa import Moments, encode_together, position_targets
+from .moments import Moments, position_targets
+from .head import encode_together
 
 # %% ../nbs/02b_bias.ipynb #c008
 def ridge_r2(

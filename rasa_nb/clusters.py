@@ -18,7 +18,7 @@ from sklearn.cluster import KMeans
 
 # %% ../nbs/02bb_clusters.ipynb #c004
 from .protocols import confusion_matrix
-from .rasa import Moments
+from .moments import Moments
 
 # %% ../nbs/02bb_clusters.ipynb #c007
 def interpolation_matrix(

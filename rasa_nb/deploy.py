@@ -254,7 +254,7 @@ A map of patch tokens (D={head.embed_dim}) that removes what they tell about the
 
 ```python
 from rasa_nb.deploy import load_from_hub
-from rasa_nb.rasa import DebiasedEncoder
+from rasa_nb.head import DebiasedEncoder
 debiased = DebiasedEncoder(encoder, load_from_hub("REPO"))
 ```
 

@@ -22,7 +22,7 @@ from .clusters import Run, UpsampledMoments, cluster_run, draw_points, images_pe
 from .data import Evaluation, Transformed, batches, progress_bar
 from .encoders import check_image_size
 from .protocols import FRANCA, LEOPART, MATCHINGS, Protocol, class_iou, confusion_matrix, match_clusters, merge_clusters
-from .rasa import DebiasedEncoder
+from .head import DebiasedEncoder
 from .results import OverclusterResult, class_colours
 
 # %% ../nbs/02c_overcluster.ipynb #c006

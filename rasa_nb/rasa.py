@@ -20,7 +20,7 @@ from torch.utils.data import Subset
 from .data import Transformed, augmentation, batches
 from .encoders import check_image_size
 from .moments import Moments, collect_moments, describe_fit, orthonormal_targets, position_targets
-from .head import DebiasedEncoder, RASAHead, encode_together
+from .head import DebiasedEncoder, RASAHead
 
 # %% ../nbs/02_rasa.ipynb #c009
 class PositionRemover:

@@ -11,7 +11,9 @@ from rasa_nb.baselines import (Auto, BlankSVD, Comparison, LEACE, MeanThenRASA, 
 from rasa_nb.bias import ridge_r2
 from rasa_nb.data import Scenes
 from rasa_nb.encoders import PatchEncoder
-from rasa_nb.rasa import Moments, PositionMean, RASA, RASAHead, orthonormal_targets, position_targets
+from rasa_nb.moments import Moments, orthonormal_targets, position_targets
+from rasa_nb.head import RASAHead
+from rasa_nb.rasa import PositionMean, RASA
 
 grids = st.tuples(st.integers(1, 6), st.integers(1, 6)).filter(lambda g: g[0] * g[1] > 3)
 SETTINGS = settings(max_examples=20, deadline=None)

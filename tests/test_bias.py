@@ -13,7 +13,7 @@ from rasa_nb.bias import (CellSums, cluster_position, cluster_tokens, cosine_gap
                           variance_share)
 from rasa_nb.data import Evaluation, Scenes, SegmentationData, Transformed
 from rasa_nb.encoders import PatchEncoder
-from rasa_nb.rasa import Moments, position_targets
+from rasa_nb.moments import Moments, position_targets
 
 GRID, SHARES = (4, 6), (0., .25, .5, .75)
 SETTINGS = settings(max_examples=25, deadline=None)

@@ -15,7 +15,8 @@ from rasa_nb.data import Scenes
 from rasa_nb.deploy import DebiasedNorm, export_onnx, fold, leak_of, load_from_hub, load_released_head, model_card, push_to_hub
 from rasa_nb.encoders import PatchEncoder
 from rasa_nb.identity import encoder_hash, fitted_on, warn_if_foreign
-from rasa_nb.rasa import DebiasedEncoder, PositionMean, RASA, RASAHead
+from rasa_nb.head import DebiasedEncoder, RASAHead
+from rasa_nb.rasa import PositionMean, RASA
 
 import timm   # after rasa_nb, whose guard makes torchvision importable
 

@@ -5,14 +5,16 @@ import sys
 
 import torch
 
-from rasa_nb.rasa import Moments, RASAHead, RASA
+from rasa_nb.moments import Moments
+from rasa_nb.head import RASAHead
+from rasa_nb.rasa import RASA
 
 SCRIPT = """
 import sys, torch, torch.distributed as dist
 torch.set_num_threads(1)
 from rasa_nb.data import Scenes
 from rasa_nb.encoders import load_encoder
-from rasa_nb.rasa import collect_moments
+from rasa_nb.moments import collect_moments
 dist.init_process_group("gloo")
 m = collect_moments(load_encoder("tiny", device="cpu"), Scenes("train", 45), batch_size=8)
 if dist.get_rank() == 0: m.save(sys.argv[1])

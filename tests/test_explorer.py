@@ -13,7 +13,7 @@ from torch import nn
 from rasa_nb.data import Scenes
 from rasa_nb.encoders import PatchEncoder
 from rasa_nb.explorer import explore
-from rasa_nb.rasa import DebiasedEncoder, RASAHead
+from rasa_nb.head import DebiasedEncoder, RASAHead
 from rasa_nb.visualize import patch_similarity
 
 

@@ -14,7 +14,8 @@ from rasa_nb.data import Evaluation, Scenes, SegmentationData, Transformed, VOCS
 from rasa_nb.encoders import PatchEncoder, load_encoder
 from rasa_nb.overcluster import (FRANCA, LEOPART, UpsampledMoments, class_iou, confusion_matrix, draw_points, kmeans_centres, match_clusters,
                                  moments_after, nearest_centres, overcluster, overcluster_tokens, reduce_tokens, upsample, whitened_pca)
-from rasa_nb.rasa import DebiasedEncoder, Moments, RASAHead
+from rasa_nb.moments import Moments
+from rasa_nb.head import DebiasedEncoder, RASAHead
 
 root = Path(__file__).resolve().parent.parent
 spec = importlib.util.spec_from_file_location("benchmark_overcluster", root / "benchmarks" / "overcluster.py")

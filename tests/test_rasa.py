@@ -9,8 +9,9 @@ from hypothesis import given, settings, strategies as st
 from rasa_nb.bias import position_r2, ridge_r2
 from rasa_nb.data import Scenes, augmentation
 from rasa_nb.encoders import PatchEncoder
-from rasa_nb.rasa import (DebiasedEncoder, Moments, PositionMean, RASA, RASAHead, collect_moments, cross_covariance_basis, encode_together,
-                          orthonormal_targets, position_evidence, position_targets)
+from rasa_nb.moments import Moments, collect_moments, orthonormal_targets, position_targets
+from rasa_nb.head import DebiasedEncoder, RASAHead, encode_together
+from rasa_nb.rasa import PositionMean, RASA, cross_covariance_basis, position_evidence
 
 grids = st.tuples(st.integers(1, 7), st.integers(1, 7)).filter(lambda g: g[0] * g[1] > 1)
 kinds = st.sampled_from(["coords", "fourier", "grid"])

@@ -15,7 +15,8 @@ from torch import nn
 import rasa_nb
 from rasa_nb.data import Scenes
 from rasa_nb.patch_encoder import PatchEncoder
-from rasa_nb.rasa import PositionMean, RASAHead, DebiasedEncoder
+from rasa_nb.head import RASAHead, DebiasedEncoder
+from rasa_nb.rasa import PositionMean
 from rasa_nb.visualize import (as_image, blank_images, blank_responses, blank_spread, cluster_labels, cluster_maps, cluster_places, collect_tokens, cross_similarity,
                                fitting_size, mean_tokens, patch_similarity, pca_maps, position_maps, principal_scores, shift_similarity, shift_test, similarity_maps)
 
