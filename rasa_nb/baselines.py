@@ -7,7 +7,7 @@ __all__ = ['leace_fitter', 'LEACE', 'BlankSVD', 'RemovePCA', 'MeanThenRASA', 'Sh
            'fit_together', 'Comparison', 'compare_methods', 'Choice', 'choose_default', 'content_in', 'Auto']
 
 # %% ../nbs/02a_baselines.ipynb #c003
-import copy, json, math
+import json, math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -187,17 +187,18 @@ def fit_together(
     batch_size:int=32, num_workers:int=0, desc=None,  # as in `PatchEncoder.encode`
 ) -> dict:
     "Fits every method from one pass over the images, augmented; returns name -> debiased encoder."
-    size, cache = image_size or encoder.image_size, []
-    moments = Moments(check_image_size(size, encoder.patch_size), encoder.embed_dim)
+    size = image_size or encoder.image_size
+    moments, done = Moments(check_image_size(size, encoder.patch_size), encoder.embed_dim), 0
     moments.source = describe_fit(encoder, size, data, 0)
     by_tokens = [r for r in removers.values() if getattr(r, "solver", None) == "sgd"]
+    kept = torch.empty(len(data), *moments.grid_size, encoder.embed_dim) if by_tokens else None
     for tokens, _ in encoder.encode(Transformed(data, augmentation(size)), batch_size, num_workers, desc):
         moments.update(tokens)
-        if by_tokens: cache.append(tokens.cpu())
-    tokens = torch.cat(cache) if cache else None
+        if by_tokens: kept[done:done + len(tokens)] = tokens.cpu()
+        done += len(tokens)
     for r in removers.values():
         if isinstance(r, (BlankSVD, ShiftAverage)): r.fit(encoder, image_size=size)
-        elif r in by_tokens: r.fit_tokens(tokens, moments.source)
+        elif r in by_tokens: r.fit_tokens(kept, moments.source)
         else: r.fit_moments(moments)
     return {name: r.attach(encoder, name) for name, r in removers.items()}
 

@@ -7,7 +7,6 @@ __all__ = ['Explorer', 'explore']
 
 # %% ../nbs/02f_explorer.ipynb #c003
 import base64, io
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np

@@ -8,7 +8,6 @@ __all__ = ['RASAHead', 'DebiasedEncoder', 'encode_together']
 # %% ../nbs/01d_head.ipynb #c003
 import copy
 
-import torch
 import torch.nn.functional as F
 from torch import nn
 

@@ -179,7 +179,8 @@ def _fit_rasa(self, encoder, data, image_size=None, cache_dir=None, augment="pub
     size = image_size or encoder.image_size; grid = check_image_size(size, encoder.patch_size)
     source = describe_fit(encoder, size, data, self.random_state, augment)
     if self.augment_every_epoch:
-        return self._fit_source(_reencoded(encoder, data, size, self.batch_size, self.random_state, augment), grid, encoder.embed_dim, len(data), source)
+        if cache_dir: raise ValueError("cache_dir is of no use with augment_every_epoch: tokens are made anew in every epoch")
+        return self._fit_source(_reencoded(encoder, data, size, self.batch_size, self.random_state, augment, options.get("num_workers", 0)), grid, encoder.embed_dim, len(data), source)
     with tempfile.TemporaryDirectory(dir=cache_dir) as folder:
         tokens = _token_store((len(data), *grid, encoder.embed_dim), cache_dir and Path(folder) / "tokens")
         done = 0
@@ -214,12 +215,12 @@ def _token_store(shape, path):
     "An empty tensor of tokens: in memory in float32, or as a file in float16."
     return torch.empty(shape) if path is None else torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=torch.float16).view(shape)
 
-def _reencoded(encoder, data, size, batch_size, seed, augment):
+def _reencoded(encoder, data, size, batch_size, seed, augment, num_workers):
     "Epoch -> batches of tokens [b, N, D] of images augmented anew, in a new order."
     def epoch_batches(epoch):
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed + epoch)).tolist()
         shown = Subset(Transformed(data, augmentation(size, augment), seed + epoch), order)
-        return (encoder(images).flatten(1, 2).cpu() for images, _ in batches(shown, batch_size))
+        return (encoder(images).flatten(1, 2).cpu() for images, _ in batches(shown, batch_size, num_workers))
     return epoch_batches
 
 # %% ../nbs/02_rasa.ipynb #c038

@@ -28,7 +28,7 @@ from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import KMeans
 
 # %% ../nbs/02d_visualize.ipynb #c005
-from .data import Evaluation, Transformed, augmentation, read_image
+from .data import Evaluation, Transformed, augmentation
 from .patch_encoder import PatchEncoder
 from .moments import Moments
 from .head import _tokens_via, encode_together

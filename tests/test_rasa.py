@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 
 from rasa_nb.bias import position_r2, ridge_r2
 from rasa_nb.data import Scenes, augmentation
-from rasa_nb.encoders import PatchEncoder
+from rasa_nb.encoders import PatchEncoder, load_encoder
 from rasa_nb.moments import Moments, collect_moments, orthonormal_targets, position_targets
 from rasa_nb.head import DebiasedEncoder, RASAHead, encode_together
 from rasa_nb.rasa import PositionMean, RASA, cross_covariance_basis, position_evidence
@@ -273,3 +273,19 @@ def test_turns_keep_every_pixel_and_are_remembered(tiny):
 def test_a_head_meets_its_own_encoder_without_a_word(tiny, recwarn):
     RASA(rank="all").fit(tiny, Scenes("train", 20)).attach(tiny)
     assert not [w for w in recwarn if "not the same encoder" in str(w.message)]
+
+
+def test_options_of_the_other_solver_are_refused(tiny, tmp_path):
+    scenes = Scenes("train", 10)
+    for remover, options, match in [(RASA(), dict(cache_dir=tmp_path), "cache_dir is for the tokens of solver='sgd'"),
+                                    (RASA("sgd"), dict(moments_file=tmp_path / "m"), "moments_file is for the closed form"),
+                                    (RASA("sgd", augment_every_epoch=True), dict(cache_dir=tmp_path), "made anew in every epoch")]:
+        with pytest.raises(ValueError, match=match): remover.fit(tiny, scenes, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_moments_of_two_encoders_do_not_add_up(tiny):
+    other = load_encoder("tiny", pretrained=False); scenes = Scenes("train", 4)
+    with pytest.raises(ValueError, match="do not add up: two encoders"): collect_moments(tiny, scenes) + collect_moments(other, scenes)
+    both = collect_moments(tiny, scenes) + collect_moments(tiny, scenes, augment="turns")
+    assert both.count == 8 and both.source["augment"] == ["published", "turns"]
