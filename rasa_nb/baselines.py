@@ -111,7 +111,7 @@ class RemovePCA(PositionRemover):
 class MeanThenRASA(PositionRemover):
     "Subtract the position mean, then project out RASA's directions."
     def __init__(self,
-        targets="coords",      # of RASA, see `position_targets`
+        targets="fourier",     # of RASA, see `position_targets`
         random_state:int=0,    # of the augmentation
     ):
         self.targets, self.random_state = targets, random_state
@@ -170,13 +170,14 @@ def roster(
 ) -> dict:
     "Returns every method, not fitted, by the name it has in tables."
     s = dict(random_state=random_state)
-    return {"RASA as released": RASA.released(**s), "RASA as in the paper": RASA.paper(**s), "RASA, sgd, global basis": RASA("sgd", basis="global", **s),
-            "RASA, closed form": RASA("closed_form", "coords", **s), "RASA, closed form, fourier": RASA("closed_form", "fourier", **s),
-            "RASA, closed form, fourier, full rank": RASA("closed_form", "fourier", rank="all", **s), "RASA, closed form, grid": RASA("closed_form", "grid", **s), "RASA, closed form, ridge 0.1": RASA("closed_form", "coords", ridge=.1, **s), "LEACE": LEACE("coords", **s), "LEACE, fourier": LEACE("fourier", **s),
-            "blank-image SVD, 4": BlankSVD(4, **s), "blank-image SVD, 10": BlankSVD(10, **s), "blank-image SVD, D/2": BlankSVD(.5, **s),
-            "PCA by position, 2": RemovePCA(2, "position", **s), "PCA by variance, 2": RemovePCA(2, "variance", **s),
-            "position mean": PositionMean(**s), "position mean, whole": PositionMean("all", **s), "position mean + RASA": MeanThenRASA("coords", **s), "position mean + RASA, fourier": MeanThenRASA("fourier", **s),
-            "shift averaging, 10": ShiftAverage(10, **s)}
+    published = {"RASA as released": RASA.released(**s), "RASA as in the paper": RASA.paper(**s), "RASA, sgd, global basis": RASA("sgd", **s)}
+    closed = {"RASA": RASA(**s), "RASA, fourier": RASA(targets="fourier", **s), "RASA, fourier, full rank": RASA(targets="fourier", rank="all", **s),
+              "RASA, coords": RASA(targets="coords", **s), "RASA, coords, ridge 0.1": RASA(targets="coords", ridge=.1, **s)}
+    mean = {"position mean": PositionMean(**s), "position mean, whole": PositionMean("all", **s), "position mean + RASA, fourier": MeanThenRASA("fourier", **s)}
+    rivals = {"LEACE, coords": LEACE("coords", **s), "LEACE, fourier": LEACE("fourier", **s), "blank-image SVD, 4": BlankSVD(4, **s), "blank-image SVD, 10": BlankSVD(10, **s),
+              "blank-image SVD, D/2": BlankSVD(.5, **s), "PCA by position, 2": RemovePCA(2, "position", **s), "PCA by variance, 2": RemovePCA(2, "variance", **s),
+              "shift averaging, 10": ShiftAverage(10, **s)}
+    return published | closed | mean | rivals
 
 # %% ../nbs/02a_baselines.ipynb #c039
 def fit_together(
@@ -298,16 +299,18 @@ class Choice:
 def choose_default(
     comparisons,         # several `Comparison`, one per encoder
     leak:float=.1,       # R² on augmented images from which position leaks
+    left:float=.02,      # R² that may be left of it
 ) -> Choice:
     "Returns the method that the rule above picks."
     methods = [m for m in comparisons[0].miou if m != "none" and all(m in c.miou and c.rank[m] is not None for c in comparisons)]
     leaky = [c for c in comparisons if c.leak >= leak]
     gain = {m: [c.mean(m, k) - c.mean("none", k) for c in leaky for k in c.miou[m]] for m in methods}
-    table = pd.DataFrame(dict(gain={m: sum(g) / len(g) if g else float("nan") for m, g in gain.items()}, harms={m: ", ".join(_harms(m, comparisons)) for m in methods}))
-    harmless = table[table.harms == ""].gain.dropna()
+    table = pd.DataFrame(dict(gain={m: sum(g) / len(g) if g else float("nan") for m, g in gain.items()}, left={m: max((c.r2["ridge augmented"][m] for c in leaky), default=float("nan")) for m in methods},
+                              harms={m: ", ".join(_harms(m, comparisons)) for m in methods}))
+    allowed = table[(table.harms == "") & (table.left <= left)].gain.dropna()
     if not leaky: return Choice(None, f"position leaks from none of {len(comparisons)} encoders (R² below {leak})", table)
-    if harmless.empty or harmless.max() <= 0: return Choice(None, "no method gains without harm", table)
-    return Choice(harmless.idxmax(), f"largest mean gain, {harmless.max():.2f} points, over {len(leaky)} leaky of {len(comparisons)} encoders, none made worse", table)
+    if allowed.empty or allowed.max() <= 0: return Choice(None, "no method removes position and gains without harm", table)
+    return Choice(allowed.idxmax(), f"largest mean gain, {allowed.max():.2f} points, over {len(leaky)} leaky of {len(comparisons)} encoders, none made worse, R² at most {table.left[allowed.idxmax()]:.3f} left", table)
 
 def _harms(method, comparisons):
     "Encoder and k where the method is worse than none, beyond the seeds' std."

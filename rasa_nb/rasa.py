@@ -10,9 +10,11 @@ import inspect, math, numbers, tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from scipy.sparse.linalg import svds
 from torch import nn
 from torch.utils.data import Subset
 
@@ -109,7 +111,7 @@ class RASA(PositionRemover):
     "Project out the directions of token space that tell position."
     def __init__(self,
         solver:str="closed_form",  # "closed_form" (one pass), or "sgd" (the published heads, trained on tokens encoded once)
-        targets="auto",            # see `position_targets`; "auto": "fourier" in closed form, "coords", as published, for sgd
+        targets="auto",            # see `position_targets`; "auto": "grid" in closed form, "coords", as published, for sgd
         n_harmonics:int=1,         # of targets "fourier": cosines and sines of pi, 2 pi, ... of row and column
         rank="evidence",           # closed_form: directions to remove; "evidence" as many as `position_evidence` finds, "all" that the targets span, or a number
         level:float=.01,           # closed_form: chance of removing a direction where nothing leaks
@@ -128,7 +130,7 @@ class RASA(PositionRemover):
         self.tol, self.augment_every_epoch, self.random_state = tol, augment_every_epoch, random_state
 
     @property
-    def _which_targets(self): return self.targets if self.targets != "auto" else "coords" if self.solver == "sgd" else "fourier"
+    def _which_targets(self): return self.targets if self.targets != "auto" else "coords" if self.solver == "sgd" else "grid"
 
     @classmethod
     def released(cls, **kwargs):
@@ -282,8 +284,9 @@ def position_evidence(
     return Evidence(tuple(strength.tolist()), float(chance.quantile(1 - level)), tuple(p.tolist()), level)
 
 def _strongest(matrices):
-    "Largest singular value of each [F, D, T], by the smaller of its two Gram matrices."
+    "Largest singular value of each [F, D, T]: by the smaller of its two Gram matrices, or, where that is large, by Lanczos, which needs no other value."
     if matrices.shape[1] < matrices.shape[2]: matrices = matrices.mT
+    if (n := matrices.shape[2]) > 256: return torch.tensor([svds(a, k=1, v0=np.ones(n), return_singular_vectors=False)[0] if a.any() else 0. for a in matrices.numpy()])
     return torch.linalg.eigvalsh(matrices.mT @ matrices)[:, -1].clamp_min(0).sqrt()
 
 # %% ../nbs/02_rasa.ipynb #c050

@@ -66,7 +66,7 @@ def test_planted_position_goes_on_new_draws(name):
 
 def test_mean_then_rasa_is_both():
     z = tokens_of((4, 5), 10).float(); m = moments_of(z)
-    mean, rasa, both = PositionMean().fit_moments(m), RASA(targets="coords").fit_moments(m), MeanThenRASA().fit_moments(m)
+    mean, rasa, both = PositionMean().fit_moments(m), RASA(targets="fourier").fit_moments(m), MeanThenRASA().fit_moments(m)
     assert torch.allclose(both.transform(z), rasa.transform(mean.transform(z)), atol=1e-5)
 
 
@@ -114,7 +114,7 @@ def test_one_pass_fits_all_as_each_alone(tiny):
         together = fit_together(methods, tiny, data, 48)
     finally: type(tiny).forward = forward
     assert sum(calls) == 30 + 3 and set(together) == set(methods)   # one pass, and one blank image for each blank-image SVD
-    for name in ("LEACE, fourier", "position mean + RASA", "blank-image SVD, 10", "RASA as released"):
+    for name in ("LEACE, fourier", "position mean + RASA, fourier", "RASA", "blank-image SVD, 10", "RASA as released"):
         alone = roster()[name]
         if name == "RASA as released": alone.n_iter, alone.epochs = 1, 1
         assert torch.allclose(together[name].head.projector, alone.fit(tiny, data, 48).projector_, atol=1e-5), name
@@ -129,16 +129,17 @@ def test_auto_removes_where_position_leaks_and_only_there():
 
 
 def test_comparison_and_its_table(tiny):
-    methods = {k: roster()[k] for k in ("LEACE", "shift averaging, 10")}
+    methods = {k: roster()[k] for k in ("LEACE, coords", "shift averaging, 10")}
     seen = compare_methods(tiny, Scenes(n=30), Scenes("val", 8), methods, k=12, seeds=(0, 1), image_size=48)
-    assert list(seen.table.index) == ["none", "LEACE", "shift averaging, 10"] and seen.rank == {"none": 0, "LEACE": 2, "shift averaging, 10": None}
-    assert len(seen.miou["LEACE"][12]) == 2 and json.loads(json.dumps(seen.to_dict()))["encoder"] == "tiny"
+    assert list(seen.table.index) == ["none", "LEACE, coords", "shift averaging, 10"] and seen.rank == {"none": 0, "LEACE, coords": 2, "shift averaging, 10": None}
+    assert len(seen.miou["LEACE, coords"][12]) == 2 and json.loads(json.dumps(seen.to_dict()))["encoder"] == "tiny"
     text = seen.to_markdown()
-    assert "| LEACE | 2 |" in text and "30 images of scenes-train" in text and "seeds" in text
+    assert "| LEACE, coords | 2 |" in text and "30 images of scenes-train" in text and "seeds" in text
 
 
-def comparison(name, r2, rank=0, **miou):
-    return Comparison(name, {}, {}, {m: 0 if m == "none" else rank for m in miou}, {"ridge augmented": {"none": r2}}, {m: {24: [v - .5, v + .5]} for m, v in miou.items()}, {})
+def comparison(name, r2, rank=0, left=0., **miou):
+    return Comparison(name, {}, {}, {m: 0 if m == "none" else rank for m in miou}, {"ridge augmented": {m: r2 if m == "none" else left for m in miou}},
+                      {m: {24: [v - .5, v + .5]} for m, v in miou.items()}, {})
 
 
 def test_rule_of_the_default():
@@ -147,6 +148,8 @@ def test_rule_of_the_default():
     assert choose_default([leaky]).method == "b" and choose_default([tight]).method is None
     assert choose_default([comparison("leaky", .8, none=20, a=19.9)]).method is None            # harmless, but gains nothing
     assert choose_default([comparison("leaky", .8, rank=None, none=20, a=25)]).method is None   # no map of tokens
+    assert choose_default([comparison("leaky", .8, left=.03, none=20, a=25)]).method is None    # leaves position where it leaks
+    assert choose_default([leaky, comparison("quiet", .09, left=.09, none=30, a=30, b=30)]).method == "b"   # and where it does not, that is no matter
 
 
 def test_saved_methods_come_back(tmp_path):

@@ -11,7 +11,7 @@ from rasa_nb.data import Scenes, augmentation
 from rasa_nb.encoders import PatchEncoder, load_encoder
 from rasa_nb.moments import Moments, collect_moments, orthonormal_targets, position_targets
 from rasa_nb.head import DebiasedEncoder, RASAHead, encode_together
-from rasa_nb.rasa import PositionMean, RASA, cross_covariance_basis, position_evidence
+from rasa_nb.rasa import PositionMean, RASA, _strongest, cross_covariance_basis, position_evidence
 
 grids = st.tuples(st.integers(1, 7), st.integers(1, 7)).filter(lambda g: g[0] * g[1] > 1)
 kinds = st.sampled_from(["coords", "fourier", "grid"])
@@ -220,8 +220,8 @@ def smooth_tokens(seed, n=160, grid=(8, 8), d=32, share=0., rank=2):
 
 
 def test_rank_is_zero_where_nothing_leaks_and_the_planted_one_where_it_does():
-    "In 100 draws each, for two and for seven targets: at most 5 wrong."
-    for targets, planted in (("coords", 2), ("fourier", 3)):
+    "In 100 draws each, for two, for seven and for 64 targets, one a cell: at most 5 wrong."
+    for targets, planted in (("coords", 2), ("fourier", 3), ("grid", 3)):
         t, found = position_targets((8, 8), targets), {0: [], planted: []}
         for rank in found:
             for seed in range(100): found[rank].append(position_evidence(moments_of(smooth_tokens(seed, share=.6 * (rank > 0), rank=planted)), t).rank)
@@ -233,6 +233,18 @@ def test_rank_by_evidence_number_or_all():
     assert [RASA(targets="fourier", rank=r).fit_moments(moments_of(z)).basis_.shape[1] for r in ("evidence", "all", 1, 0)] == [2, 7, 1, 0]
     with pytest.raises(ValueError, match="rank='most'"): RASA(rank="most").fit_moments(moments_of(z))
     with pytest.raises(ValueError, match="6 images are too few to tell position from chance"): RASA().fit_moments(moments_of(z[:6]))
+
+
+def test_evidence_is_the_same_by_gram_matrix_and_by_lanczos():
+    "Above 256 dimensions the strongest direction of chance comes from another algorithm."
+    a = torch.randn(3, 260, 300, dtype=torch.float64, generator=torch.Generator().manual_seed(0)); a[2] = 0
+    assert torch.allclose(_strongest(a), torch.linalg.svdvals(a)[:, 0]) and torch.allclose(_strongest(a.mT), _strongest(a)) and torch.allclose(_strongest(a[:, :256]), torch.linalg.svdvals(a[:, :256])[:, 0])
+
+
+def test_default_takes_every_direction_in_which_the_proven_mean_moves():
+    m = moments_of(smooth_tokens(0, share=.6, rank=3))
+    rasa, mean = RASA().fit_moments(m), PositionMean().fit_moments(m)
+    assert rasa.basis_.shape == (32, 3) and (mean.head_.offset @ rasa.projector_).abs().max() < 1e-5 < mean.head_.offset.abs().max()
 
 
 def test_the_mean_subtracts_only_what_is_beyond_chance():
