@@ -96,8 +96,7 @@ def _update_moments(self:Moments,
     for some, group in zip(patch_tokens.detach().split(8), (indices % len(self.counts)).split(8)):  # few at a time: float64 copies are large
         z = some.cpu().double()
         self.counts.index_add_(0, group, torch.ones(len(z), dtype=torch.float64)); self.cell_sums.index_add_(0, group, z)
-        flat = z.flatten(0, 2).numpy()
-        self.second += torch.from_numpy(flat.T @ flat)   # numpy makes one half of a symmetric product, torch both
+        self.second.addmm_(z.flatten(0, 2).T, z.flatten(0, 2))   # not in numpy, whose threads would fight with torch's
     return self
 
 Moments.update = _update_moments

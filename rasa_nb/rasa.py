@@ -284,9 +284,9 @@ def position_evidence(
     return Evidence(tuple(strength.tolist()), float(chance.quantile(1 - level)), tuple(p.tolist()), level)
 
 def _strongest(matrices):
-    "Largest singular value of each [F, D, T]: by the smaller of its two Gram matrices, or, where that is large, by Lanczos, which needs no other value."
+    "Largest singular value of each [F, D, T]: by the smaller of its two Gram matrices, or, unless that is small, by Lanczos, which needs no other value."
     if matrices.shape[1] < matrices.shape[2]: matrices = matrices.mT
-    if (n := matrices.shape[2]) > 256: return torch.tensor([svds(a, k=1, v0=np.ones(n), return_singular_vectors=False)[0] if a.any() else 0. for a in matrices.numpy()])
+    if (n := matrices.shape[2]) > 64: return torch.tensor([svds(a, k=1, v0=np.ones(n), return_singular_vectors=False)[0] if a.any() else 0. for a in matrices.numpy()])
     return torch.linalg.eigvalsh(matrices.mT @ matrices)[:, -1].clamp_min(0).sqrt()
 
 # %% ../nbs/02_rasa.ipynb #c050
