@@ -23,7 +23,7 @@ from .encoders import PatchEncoder, check_image_size
 from .identity import fitted_on
 from .moments import Moments, _process, describe_fit, orthonormal_targets, position_targets
 from .head import RASAHead
-from .rasa import RASA, PositionMean, PositionRemover
+from .rasa import RASA, PositionMean, PositionRemover, images_needed
 from .bias import position_r2, ridge_r2
 from .overcluster import LEOPART, moments_after, overcluster
 
@@ -335,17 +335,20 @@ class Auto(PositionRemover):
         self.leak, self.random_state = leak, random_state
 
     def candidates(self) -> dict:
-        "Returns the methods to choose from, by name: those that are maps of tokens and learn from moments."
-        return {n: r for n, r in roster(self.random_state).items() if isinstance(r, (LEACE, PositionMean, MeanThenRASA)) or getattr(r, "solver", None) == "closed_form"}
+        "Returns the methods to choose from, by name: LEACE, and all that learn from moments and go by evidence."
+        return {n: r for n, r in roster(self.random_state).items() if isinstance(r, (LEACE, MeanThenRASA)) or getattr(r, "rank", None) == "evidence" and getattr(r, "solver", "closed_form") == "closed_form"}
 
     def fit(self, encoder, data, image_size=None, batch_size:int=32, num_workers:int=0, desc=None, augment:str="published"):
         "Learns and chooses from one pass over the images, augmented, and returns self; under torch.distributed each process takes its share."
         size, (rank, world) = image_size or encoder.image_size, _process()
-        parts, mine = [Moments(check_image_size(size, encoder.patch_size), encoder.embed_dim) for _ in range(3)], range(rank, len(data), world)
+        grid, mine = check_image_size(size, encoder.patch_size), range(rank, len(data), world)
+        need = 3 * images_needed(encoder.embed_dim, grid, evidence=True)
+        if len(data) < need: raise ValueError(f"{len(data)} images are too few for Auto, which splits them in three: at least {need} are needed, some hundred are good")
+        parts = [Moments(grid, encoder.embed_dim) for _ in range(3)]
         shown = Subset(Transformed(data, augmentation(size, augment), self.random_state), mine)
         for images, _ in batches(shown, batch_size, num_workers, desc) if mine else ():
             tokens, index, mine = encoder(images), torch.tensor(mine[:len(images)]), mine[len(images):]
-            for i, part in enumerate(parts): part.update(tokens[index % 3 == i], index[index % 3 == i] // 3)
+            for i, part in enumerate(parts): part.update(tokens[index % 3 == i], index[index % 3 == i])
         parts[0].source = describe_fit(encoder, size, data, self.random_state, augment)
         return self.fit_moments(*(part.all_reduce() for part in parts))
 

@@ -7,7 +7,7 @@ __all__ = ['NORMS', 'DebiasedNorm', 'fold', 'export_onnx', 'leak_of', 'load_rele
            'load_from_hub']
 
 # %% ../nbs/02e_deploy.ipynb #c003
-import argparse, copy, json, os, pickle, re, tempfile, warnings
+import argparse, copy, json, math, os, pickle, re, tempfile, warnings
 from pathlib import Path
 
 import torch
@@ -75,7 +75,10 @@ def fold(
     base, heads = _unwrap(encoder)
     own = copy.deepcopy(base)
     name = norm or _find_norm(own.model)
-    debiased = DebiasedNorm(own.model.get_submodule(name), heads, own.num_prefix_tokens, prefix)
+    norm = own.model.get_submodule(name)
+    if getattr(norm, "weight", None) is not None and len(norm.weight) != heads[0].embed_dim:
+        raise ValueError(f"{base.name}: the head is for D={heads[0].embed_dim}, {name!r} gives D={len(norm.weight)}: tokens joined from several blocks pass no single norm, use attach")
+    debiased = DebiasedNorm(norm, heads, own.num_prefix_tokens, prefix)
     own.model.set_submodule(name, debiased)
     if debiased.needs_grid: _patch_embedding(own.model, own.patch_size).register_forward_hook(debiased.see_grid)
     _check_fold(own, encoder, debiased, name)
@@ -104,17 +107,26 @@ def _patch_embedding(model, patch_size):
     return found[0]
 
 # %% ../nbs/02e_deploy.ipynb #c015
-@torch.no_grad()
 def _check_fold(own, encoder, debiased, name):
-    "Raises unless the folded model gives the attached encoder's tokens, in its own forward."
-    images, used = torch.rand(1, 3, own.image_size, own.image_size, device=own.device), []
-    hook = debiased.debias.register_forward_hook(lambda *_: used.append(True))
+    "Raises unless patch tokens in the model's own forward are the attached encoder's; warns if they are so at the encoder's size only."
+    size, step = own.image_size, own.patch_size
+    difference = _difference(own, encoder, debiased, (size, size))
+    if difference is None: raise ValueError(f"{encoder.name}: no patch token passes {name!r} in the model's own forward (only the pooled output does), so folding would change nothing: use attach, or name another norm")
+    if not difference < 1e-3: raise ValueError(f"{encoder.name}: folded behind {name!r}, the model's own patch tokens differ from the attached encoder's by {difference:.2g} of their std: the encoder takes its tokens elsewhere, from another block or norm, or has other prefix tokens than {own.num_prefix_tokens}. Name that norm, `fold(encoder, norm='...')`, set num_prefix_tokens, or use attach")
+    try: difference = _difference(own, encoder, debiased, (size, size + step))
+    except (AssertionError, RuntimeError, ValueError): return   # the model takes its own size only, and says so itself
+    if not difference < 1e-3: warnings.warn(f"{encoder.name}: at {size} x {size + step} pixels the folded model's patch tokens differ from the attached encoder's by {difference:.2g} of their std, since the model resamples its position embedding "
+                                            f"in another way than the encoder; at {size} x {size} they are the same. load_encoder(..., resampling='library') fits a head to the model's way", stacklevel=3)
+
+@torch.no_grad()
+def _difference(own, encoder, debiased, size):
+    "Largest difference of patch tokens in the model's own forward from the attached encoder's, in units of their std; None if none pass, infinite if there are not as many."
+    images, seen = torch.rand(1, 3, *size, device=own.device), []
+    hook = debiased.debias.register_forward_hook(lambda module, args, out: seen.append(out.flatten(1, -2)))
     try: own.model((images - own.mean) / own.std)
     finally: hook.remove()
-    if not used: raise ValueError(f"{encoder.name}: no patch token passes {name!r} in the model's own forward (only the pooled output does), so folding would change nothing: use attach, or name another norm")
-    expected, got = encoder(images), own(images)
-    difference = float((got - expected).abs().max() / expected.std())
-    if not difference < 1e-3: raise ValueError(f"{encoder.name}: folded behind {name!r}, tokens differ from the attached encoder's by {difference:.2g} of their std: the encoder takes its tokens elsewhere. Name that norm, `fold(encoder, norm='...')`, or use attach")
+    expected = encoder(images).flatten(1, 2)
+    return min((float((z - expected).abs().max() / expected.std()) for z in seen if z.shape == expected.shape), default=math.inf) if seen else None
 
 # %% ../nbs/02e_deploy.ipynb #c025
 class _Exported(nn.Module):
@@ -128,6 +140,10 @@ class _Exported(nn.Module):
     def forward(self, images):
         return self.heads(self.encoder._patch_tokens((images - self.encoder.mean) / self.encoder.std))
 
+def _check_single(encoder):
+    while isinstance(encoder, DebiasedEncoder): encoder = encoder.encoder
+    if not hasattr(encoder, "model"): raise TypeError(f"{encoder.name} ({type(encoder).__name__}) cannot be exported: it is no single model")
+
 # %% ../nbs/02e_deploy.ipynb #c026
 def export_onnx(
     encoder,             # a `PatchEncoder`, debiased or not
@@ -137,6 +153,7 @@ def export_onnx(
     "Writes the encoder as ONNX, whole and checked or not at all; returns the largest difference between onnxruntime's tokens and torch's."
     try: import onnx, onnxruntime, onnxscript
     except ImportError as e: raise ImportError(f"export_onnx needs {e.name}: pip install 'rasa_nb[onnx]'") from e
+    _check_single(encoder)
     size = image_size or encoder.image_size
     size = (size, size) if isinstance(size, int) else tuple(size)
     check_image_size(size, encoder.patch_size)
@@ -234,7 +251,7 @@ def _load_any(cls, path):
     try: return _load_head(cls, path)
     except ValueError as unknown:
         try: return load_released_head(path)
-        except ValueError: raise unknown from None
+        except ValueError as released: raise (unknown if Path(path).suffix == ".safetensors" and "holds no released head" in str(released) else released) from None
 
 RASAHead.load = classmethod(_load_any)
 

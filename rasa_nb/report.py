@@ -337,7 +337,7 @@ def keep_record(
     "Copies the record of a run to a folder of records, names of files in place of paths, and returns its path."
     run = Path(run); record = _read_record(run / "run.json")
     p = record["parameters"]
-    p.update({n: Path(p[n]).name for n in ("checkpoint", "data_dir", "out_dir", "cache_dir") if p.get(n)})
+    p.update({n: Path(p[n]).name for n in ("checkpoint", "data_dir", "out_dir", "moments_file", "cache_dir") if p.get(n)})
     path = Path(folder) / f"{name or run.name}.json"; part = path.with_suffix(".part")
     part.write_text(json.dumps(record, indent=1)); os.replace(part, path)
     return path

@@ -25,7 +25,7 @@ from .share import Claim
 from .train import Config, check_names, save_run, train
 
 # %% ../nbs/03a_sweep.ipynb #c007
-ASIDE = ("out_dir", "run_name", "cache_dir", "data_dir", "download", "device")   # parameters that do not tell runs apart
+ASIDE = ("out_dir", "run_name", "cache_dir", "moments_file", "data_dir", "download", "device")   # parameters that do not tell runs apart
 
 @dataclass(frozen=True)
 class Planned:
@@ -39,7 +39,7 @@ def plan(
 ) -> list:
     "Returns a `Planned` for each combination, the last parameter changing fastest."
     check_names(parameters)
-    clash = {"out_dir", "run_name", "cache_dir"} & set(parameters)
+    clash = {"out_dir", "run_name", "cache_dir", "moments_file"} & set(parameters)
     if clash: raise ValueError(f"{', '.join(sorted(clash))}: set by the sweep itself; say --out-dir for the folder")
     for name, values in parameters.items():
         if not isinstance(values, (list, tuple)) or not values: raise ValueError(f"{name}={values!r}: expected a list with at least one value")
@@ -408,7 +408,7 @@ def _parser():
                "  rasa-sweep --model vits vitb -p image_size 448 512 -p k 21,100,300 -p seeds 3\n"
                "  rasa-sweep --model vits --seeds 3 --launcher 'srun --gres=gpu:1'\n"
                "  rasa-sweep --model vits --seeds 3 --slurm timeout_min=240 slurm_partition=gpu gpus_per_node=1\n\n"
-               "Parameters of a run, for -p: " + ", ".join(f.name for f in fields(Config) if f.name not in ("out_dir", "run_name", "cache_dir"))
+               "Parameters of a run, for -p: " + ", ".join(f.name for f in fields(Config) if f.name not in ("out_dir", "run_name", "cache_dir", "moments_file"))
                + ".\nThe first cells of nbs/03_train.ipynb explain each. `papermill nbs/04_report.ipynb report.ipynb -p runs_dir runs` makes the tables.")
     p.add_argument("--model", nargs="+", default=["tiny"], help="tiny, vits, vitb, vitl (DINOv3), dinov2_vits, ..., or any ViT of timm; default: tiny")
     p.add_argument("--solver", nargs="+", default=["closed_form"], help="closed_form, sgd, released, position_mean, auto; default: closed_form")

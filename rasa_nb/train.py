@@ -55,6 +55,7 @@ class Config:
     run_name: str = ""
     device: str = ""
     seed: int = 0
+    moments_file: str = ""
     cache_dir: str = ""
 
     def __post_init__(self): _check_config(self)
@@ -78,6 +79,7 @@ def _check_config(c):
         if getattr(c, name) < least: raise ValueError(f"{name}={getattr(c, name)}: expected at least {least}")
     for name, allowed in dict(data=("auto", "scenes", "voc"), solver=tuple(SOLVERS), targets=("auto", "coords", "fourier", "grid"), device=("", "cpu", "cuda", "mps")).items():
         if getattr(c, name) not in allowed: raise ValueError(f"{name}={getattr(c, name)!r}: expected one of {', '.join(map(repr, allowed))}")
+    if c.moments_file and c.solver not in ("closed_form", "position_mean"): raise ValueError(f"moments_file={c.moments_file!r}: solver={c.solver!r} learns from no sums that could be saved; closed_form and position_mean do")
     check_name(c.model)
     if c.checkpoint and not Path(c.checkpoint).is_file(): raise FileNotFoundError(f"checkpoint={c.checkpoint!r}: no such file")
     if Path(c.run_name).name != c.run_name: raise ValueError(f"run_name={c.run_name!r}: expected a plain folder name")
@@ -143,7 +145,8 @@ def train(config, progress=True) -> Run:
     check_image_size(config.pixels, encoder.patch_size)
     if config.cache_dir: encoder = share_tokens(encoder, Path(config.cache_dir) / "tokens")
     learn, score = open_data(config)
-    with stages("fit", len(learn)): remover = config.remover.fit(encoder, learn, config.pixels, desc="fit" if progress else None)
+    resume = dict(moments_file=config.moments_file) if config.moments_file else {}
+    with stages("fit", len(learn)): remover = config.remover.fit(encoder, learn, config.pixels, desc="fit" if progress else None, **resume)
     if dist.is_initialized() and dist.get_rank(): return None   # one process measures and saves
     if hasattr(remover, "choice_"): print(f"auto: {remover.choice_.method or 'nothing removed'}. {remover.choice_.reason}", flush=True)
     encoders = {"before": encoder, "after": remover.attach(encoder)}

@@ -126,6 +126,7 @@ def test_auto_removes_where_position_leaks_and_only_there():
         assert (auto.choice_.method is not None) == chosen and auto.choice_.reason
         assert chosen != torch.equal(auto.head_(torch.ones(1, 4, 4, 8)), torch.ones(1, 4, 4, 8))
     assert auto.head_.metadata["fitted_on"]["data"]["images"] == 60
+    with pytest.raises(ValueError, match="20 images are too few for Auto, which splits them in three: at least 24"): Auto().fit(additive(1), Scenes(n=20))
 
 
 def test_comparison_and_its_table(tiny):

@@ -133,6 +133,29 @@ def test_own_module_by_the_name_of_its_norm():
     assert torch.allclose(fold(debiased, norm="last")(normalised(encoder, images)), debiased(images), atol=1e-5)
 
 
+def test_tokens_from_elsewhere_are_not_folded(tiny):
+    "Of another block, of several joined, or with a prefix that nobody told of: the model's own patch tokens would be others."
+    from rasa_nb.encoders import load_encoder
+    for layer, match in ((3, "from another block"), ([3, 5], "joined from several blocks")):
+        earlier = load_encoder("tiny", device="cpu", layer=layer)
+        with pytest.raises(ValueError, match=match): fold(DebiasedEncoder(earlier, RASAHead(torch.eye(earlier.embed_dim) * 2)))
+    unaware = PatchEncoder(timm_vit(), normed_row(1), 32, 8, 32, 0, name="unaware")
+    with pytest.raises(ValueError, match="other prefix tokens than 0"): fold(DebiasedEncoder(unaware, RASAHead(torch.eye(32) * 2)))
+
+
+def test_another_size_is_warned_of_where_models_resample_otherwise():
+    from rasa_nb.encoders import from_timm
+    model = timm.create_model("deit_tiny_patch16_224", dynamic_img_size=True, num_classes=0, depth=2)
+    for resampling, warned in (("official", True), ("library", False)):
+        debiased = DebiasedEncoder(from_timm(model, "deit", resampling=resampling), RASAHead(torch.eye(192) * 2))
+        with warnings.catch_warnings(record=True) as caught: warnings.simplefilter("always"); folded = fold(debiased)
+        assert any("resamples its position embedding" in str(w.message) for w in caught) == warned
+        for size, same in (((224, 224), True), ((224, 320), not warned)):
+            images = torch.rand(1, 3, *size)
+            row = folded.forward_features(normalised(debiased.encoder, images))[:, 1:].view(1, 14, -1, 192)
+            assert torch.allclose(row, debiased(images), atol=1e-5) == same
+
+
 def test_what_cannot_be_folded():
     encoder = vit_encoder()
     masked = fold(attach(encoder, some_heads()["offset"])); masked(torch.rand(1, 3, 32, 32))
@@ -218,7 +241,8 @@ def test_bad_released_files(tmp_path):
         with pytest.raises(ValueError, match=match): load_released_head(tmp_path / f"{name}.pth")
     with pytest.raises(ValueError, match="basis='both'"): load_released_head(tmp_path / "two.pth", "both")
     with pytest.raises(FileNotFoundError, match="no checkpoint at"): load_released_head(tmp_path / "none.pth")
-    with pytest.raises(ValueError, match="cannot be read as safetensors"): RASAHead.load(tmp_path / "other.pth")
+    for name, match in dict(other="holds no released head", gap="is not whole", shape="expected .2, D.").items():
+        with pytest.raises(ValueError, match=match): RASAHead.load(tmp_path / f"{name}.pth")
 
 
 class FolderHub:

@@ -5,6 +5,8 @@ import sys
 
 import torch
 
+from rasa_nb.data import Scenes
+from rasa_nb.encoders import load_encoder
 from rasa_nb.moments import Moments
 from rasa_nb.head import RASAHead
 from rasa_nb.rasa import RASA
@@ -32,13 +34,15 @@ def test_two_processes_give_the_moments_and_the_head_of_one(tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
     one, two = (Moments.load(tmp_path / f"{n}.safetensors") for n in (1, 2))
     assert one.count == two.count == 45 and torch.equal(one.counts, two.counts)
-    heads = [RASA(rank="all").fit_moments(m).basis_ for m in (one, two)]
+    heads = [RASA().fit_moments(m).basis_ for m in (one, two)]
     assert (heads[0] @ heads[0].T - heads[1] @ heads[1].T).abs().max() < 1e-8
 
 
 def test_a_run_under_torchrun(tmp_path):
     done = torchrun(2, "-m", "rasa_nb.train", "--n_images", 20, "--k", 12, "--seeds", 1, "--out_dir", tmp_path, "--run_name", "r")
     assert done.returncode == 0, done.stderr[-2000:]
+    alone = RASA().fit(load_encoder("tiny", device="cpu"), Scenes("train", 20))   # n_images is a cut of the same dataset
+    assert (RASAHead.load(tmp_path / "r" / "head.safetensors").projector - alone.projector_).abs().max() < 1e-5
     record = json.loads((tmp_path / "r" / "run.json").read_text())
     assert record["head"]["fitted_on"]["data"]["images"] == 20 and RASAHead.load(tmp_path / "r" / "head.safetensors").embed_dim == 192
     assert [p.name for p in tmp_path.iterdir()] == ["r"] and done.stdout.count("saved to") == 1

@@ -55,8 +55,11 @@ def test_no_linear_predictor_is_left(grid, d, targets, seed):
 @SETTINGS
 @given(grid=grids, d=st.integers(2, 9), targets=kinds)
 def test_projector_is_a_projector(grid, d, targets):
-    rasa = RASA(targets=targets, rank="all").fit_moments(moments_of(tokens_of(grid, d)))
-    p, b = rasa.projector_, rasa.basis_
+    rasa, m = RASA(targets=targets, rank="all"), moments_of(tokens_of(grid, d))
+    if cross_covariance_basis(m, position_targets(grid, targets)).shape[1] == d:   # nothing would be left
+        with pytest.raises(ValueError, match="nothing is left of the tokens"): rasa.fit_moments(m)
+        return
+    p, b = rasa.fit_moments(m).projector_, rasa.basis_
     assert torch.allclose(p, p.T, atol=1e-6) and torch.allclose(p @ p, p, atol=1e-6)
     assert int(torch.linalg.matrix_rank(p, atol=1e-4)) == d - b.shape[1] and torch.allclose(b.T @ b, torch.eye(b.shape[1]).double(), atol=1e-9)
     z = torch.randn(2, *grid, d)
@@ -67,7 +70,10 @@ def test_projector_is_a_projector(grid, d, targets):
 @given(grid=grids, seed=st.integers(0, 99))
 def test_after_the_position_mean_no_function_of_the_cell_is_left(grid, seed):
     z = tokens_of(grid, 6, seed=seed)
-    left = moments_of(PositionMean("all").fit_moments(moments_of(z)).transform(z.float()))
+    head = PositionMean("all").fit_moments(moments_of(z)).head_.double()
+    left, t = moments_of(head(z)), position_targets(grid, "grid")
+    explained = (left.cross(t) * (torch.linalg.pinv(left.cov, rtol=1e-9) @ left.cross(t))).sum(0)
+    assert (explained <= 1e-10 * t.flatten(0, 1).var(0, correction=0)).all()
     assert left.cross(position_targets(grid, "grid")).abs().max() < 1e-5
     assert torch.allclose(left.mean, moments_of(z).mean, atol=1e-4)   # the overall mean stays
 
@@ -134,6 +140,38 @@ def test_sgd_learns_the_same_from_memory_from_a_file_and_close_to_it_when_augmen
     assert cached == 48 and sum(calls) == 48 * 2
 
 
+def test_sgd_on_a_single_row_learns_the_column_only():
+    "The row is the same everywhere: a head for it would learn, and take away, what all tokens share."
+    z = torch.randn(200, 1, 8, 12) + 5 * torch.eye(12)[0] + torch.linspace(-3, 3, 8).view(8, 1) * torch.eye(12)[1]
+    rasa = RASA("sgd", n_iter=2, lr=2e-2, batch_size=8).fit_tokens(z)
+    assert rasa.basis_.shape == (12, 2) and rasa.basis_[1].norm() > .9 and rasa.transform(z).mean((0, 1, 2))[0] > 4
+
+
+def test_sgd_refuses_what_the_closed_form_refuses(tiny):
+    z = torch.randn(20, 4, 4, 12)
+    class Broken(torch.nn.Module):
+        def forward(self, x): return torch.nn.functional.avg_pool2d(x, 8).log()   # of what is below 0: not a number
+    broken = PatchEncoder(Broken(), lambda m, x: m(x).permute(0, 2, 3, 1), 3, 8, 96)
+    for call, match in [(lambda: RASA("sgd", n_iter=1).fit_tokens(z[:1]), "1 images are too few"), (lambda: RASA("sgd", n_iter=1).fit_tokens(z[:0]), "0 images are too few"),
+                        (lambda: RASA("sgd", n_iter=1).fit_tokens(torch.ones(20, 4, 4, 12)), "constant"),
+                        (lambda: RASA("sgd", n_iter=1).fit_tokens(z[:, :1, :1]), "single patch"), (lambda: RASA().fit_moments(moments_of(z[:, :1, :1])), "single patch"),
+                        (lambda: RASA("sgd", n_iter=1, augment_every_epoch=True).fit(broken, Scenes(n=12)), "tokens of image .* are not finite")]:
+        with pytest.raises(ValueError, match=match): call()
+    with pytest.raises(TypeError, match="takes no batch_size"): RASA("sgd", augment_every_epoch=True).fit(tiny, Scenes(n=12), batch_size=4)
+
+
+def test_sgd_with_one_basis_is_a_projector_too():
+    p = RASA("sgd", epochs=1).fit_tokens(tokens_of((6, 6), 40).float() / 10).projector_
+    assert torch.allclose(p, p.T, atol=1e-6) and torch.allclose(p @ p, p, atol=1e-6)
+
+
+def test_nothing_left_is_an_error_or_a_warning():
+    z = tokens_of((8, 8), 6)
+    with pytest.raises(ValueError, match="all 6 dimensions go"): RASA(rank="all").fit_moments(moments_of(z))
+    with pytest.raises(ValueError, match="n_iter=100: all 6 dimensions go"): RASA(targets="coords", rank="all", ridge=.1, n_iter=100).fit_moments(moments_of(z))
+    with pytest.warns(UserWarning, match="evidence of position in every direction"): RASA().fit_moments(moments_of(3 * orthonormal_targets(position_targets((8, 8), "fourier"))[..., :3] + .1 * z[..., :3]))
+
+
 def test_presets(tiny):
     assert (RASA.released().lr, RASA.released().basis, RASA.released().n_iter) == (2e-4, "pairwise", 9)
     assert (RASA.paper().lr, RASA.paper().basis) == (2e-3, "pairwise") and RASA.released(n_iter=3).n_iter == 3
@@ -165,6 +203,13 @@ def test_heads_come_back_as_saved(tmp_path, offset):
     assert torch.equal(again(z), head(z)) and again.metadata == head.metadata and len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_method_comes_back_with_its_basis(tmp_path):
+    rasa = RASA(targets=lambda g: position_targets(g, "coords"), random_state=3).fit_moments(moments_of(smooth_tokens(0, share=.6)))
+    rasa.save(tmp_path / "h.safetensors"); again = RASA.load(tmp_path / "h.safetensors")
+    assert torch.equal(again.basis_, rasa.basis_) and torch.equal(again.projector_, rasa.projector_) and again.random_state == 3
+    with pytest.raises(ValueError, match="targets='<function <lambda>>'"): again.fit_moments(rasa.moments_)   # code is not saved
+
+
 def test_bad_heads(tmp_path, tiny, deit_file):
     RASAHead(torch.eye(5)).save(tmp_path / "h.safetensors")
     whole = (tmp_path / "h.safetensors").read_bytes()
@@ -187,6 +232,8 @@ def test_bad_input():
                         (lambda: RASA().fit_moments(Moments((4, 4), 6)), "0 images are too few"),
                         (lambda: RASA("sgd", n_iter=4).fit_tokens(z), "n_iter=4: expected 1 to 3"),
                         (lambda: RASA("sgd", "fourier", n_iter=1).fit_tokens(z), "n_iter=1: expected 1 to 0, since each head takes 7 of the 6"),
+                        (lambda: RASA(n_harmonics=2).fit_moments(moments_of(z)), "n_harmonics=2 belongs to targets='fourier', not 'grid'"),
+                        (lambda: RASA(n_iter=0).fit_moments(moments_of(z)), "n_iter=0: expected at least 1"),
                         (lambda: RASA(ridge=-1).fit_moments(moments_of(z)), "ridge=-1: expected None or a number from 0"),
                         (lambda: PositionMean("some").fit_moments(moments_of(z)), "rank='some': expected 'evidence' or 'all'"),
                         (lambda: augmentation(96, "none"), "augment='none': expected 'published' or 'turns'"),
@@ -232,7 +279,7 @@ def test_rank_by_evidence_number_or_all():
     z = smooth_tokens(0, share=.6)
     assert [RASA(targets="fourier", rank=r).fit_moments(moments_of(z)).basis_.shape[1] for r in ("evidence", "all", 1, 0)] == [2, 7, 1, 0]
     with pytest.raises(ValueError, match="rank='most'"): RASA(rank="most").fit_moments(moments_of(z))
-    with pytest.raises(ValueError, match="6 images are too few to tell position from chance"): RASA().fit_moments(moments_of(z[:6]))
+    with pytest.raises(ValueError, match="6 images are too few for D=32 on a grid of .8, 8.: at least 8 are needed"): RASA().fit_moments(moments_of(z[:6]))
 
 
 def test_evidence_is_the_same_by_gram_matrix_and_by_lanczos():

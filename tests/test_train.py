@@ -5,8 +5,11 @@ from pathlib import Path
 
 import papermill as pm
 import pytest
+import torch
 from papermill.exceptions import PapermillExecutionError
 
+from rasa_nb.data import Scenes
+from rasa_nb.encoders import load_encoder
 from rasa_nb.rasa import RASA
 from rasa_nb.train import Config, run_folder, save_run, train
 
@@ -123,6 +126,25 @@ def test_real_weights_on_real_photographs(tmp_path, deit_file, voc_root):
     run = train(config, progress=False)
     assert run.result.protocol.image_size == 224 and set(run.result.absent) >= {"train"}
     assert run.r2.mean["before"] > run.r2.mean["after"]
+
+
+def test_an_interrupted_fit_goes_on_from_its_sums(tmp_path, monkeypatch):
+    "The second run encodes only the images that the first had not come to, and learns what an uninterrupted one does."
+    config, seen = Config(out_dir=str(tmp_path / "runs"), moments_file=str(tmp_path / "sums"), n_images=80, k=12, seeds=1), []
+    def stopping(*args):
+        encoder = load_encoder("tiny"); own = encoder.forward
+        def forward(images):
+            seen.append(len(images))
+            if len(seen) == 2: raise KeyboardInterrupt
+            return own(images)
+        encoder.forward = forward
+        return encoder
+    monkeypatch.setattr("rasa_nb.train.load_encoder", stopping)
+    with pytest.raises(KeyboardInterrupt): train(config, progress=False)
+    run = train(config, progress=False)
+    assert seen[:4] == [32, 32, 32, 16]
+    assert torch.allclose(run.debiased.head.projector, RASA().fit(load_encoder("tiny"), Scenes("train", size=96).first(80)).projector_, atol=1e-5)
+    with pytest.raises(ValueError, match="solver='sgd' learns from no sums"): Config(solver="sgd", moments_file="sums")
 
 
 def test_every_parameter_of_a_solver_reaches_it():
