@@ -86,6 +86,6 @@ if __name__ == "__main__":
     runs = [measure(m, args.images, args.repeats) for m in args.models]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     part = args.out.with_suffix(".part")
-    part.write_text(json.dumps(dict(command="python benchmarks/rasa.py", cores=os.cpu_count(), threads=os.environ.get("OMP_NUM_THREADS", "all cores"), python=platform.python_version(), torch=torch.__version__, runs=runs), indent=1))
+    part.write_text(json.dumps(dict(command=" ".join(["python benchmarks/rasa.py", *sys.argv[1:]]), cores=os.cpu_count(), threads=os.environ.get("OMP_NUM_THREADS", "all cores"), python=platform.python_version(), torch=torch.__version__, runs=runs), indent=1))
     os.replace(part, args.out)
     print("\n\n".join(markdown(r) for r in runs))
