@@ -6,7 +6,8 @@
     python benchmarks/methods.py deit --skip "shift averaging, 10"                       # DeiT-Tiny on VOC
     python benchmarks/methods.py tiny --learn 100 --score 50 --seeds 2 --k 24 --out quick.json   # a quick look
 
-Scenes are scored on the split "test": "val" was looked at while the rule of the chapter on baselines took its form. Writes
+Scenes are scored on the split "test": "val" was looked at while the rule of the chapter on baselines took its form (so were images
+of VOC, of which there are no others here). Writes
 benchmarks/results/methods.json after each encoder and goes on where it was stopped; prints Markdown, and the default method by
 that rule.
 """

@@ -188,12 +188,14 @@ def fit_together(
     batch_size:int=32, num_workers:int=0, desc=None,  # as in `PatchEncoder.encode`
 ) -> dict:
     "Fits every method from one pass over the images, augmented; returns name -> debiased encoder."
-    size = image_size or encoder.image_size
+    size, seeds = image_size or encoder.image_size, {r.random_state for r in removers.values()}
+    if len(seeds) > 1: raise ValueError(f"random_state {sorted(seeds)}: methods that share one pass share its augmentation, so give all the same")
+    seed = seeds.pop() if seeds else 0
     moments, done = Moments(check_image_size(size, encoder.patch_size), encoder.embed_dim), 0
-    moments.source = describe_fit(encoder, size, data, 0)
+    moments.source = describe_fit(encoder, size, data, seed)
     by_tokens = [r for r in removers.values() if getattr(r, "solver", None) == "sgd"]
     kept = torch.empty(len(data), *moments.grid_size, encoder.embed_dim) if by_tokens else None
-    for tokens, _ in encoder.encode(Transformed(data, augmentation(size)), batch_size, num_workers, desc):
+    for tokens, _ in encoder.encode(Transformed(data, augmentation(size), seed), batch_size, num_workers, desc):
         moments.update(tokens)
         if by_tokens: kept[done:done + len(tokens)] = tokens.cpu()
         done += len(tokens)
@@ -310,7 +312,7 @@ def choose_default(
     allowed = table[(table.harms == "") & (table.left <= left)].gain.dropna()
     if not leaky: return Choice(None, f"position leaks from none of {len(comparisons)} encoders (R² below {leak})", table)
     if allowed.empty or allowed.max() <= 0: return Choice(None, "no method removes position and gains without harm", table)
-    return Choice(allowed.idxmax(), f"largest mean gain, {allowed.max():.2f} points, over {len(leaky)} leaky of {len(comparisons)} encoders, none made worse, R² at most {table.left[allowed.idxmax()]:.3f} left", table)
+    return Choice(allowed.idxmax(), f"largest mean gain, {allowed.max():.2f} points, over {len(leaky)} leaky of {len(comparisons)} encoders, none made worse beyond the seeds' std, R² at most {table.left[allowed.idxmax()]:.3f} left", table)
 
 def _harms(method, comparisons):
     "Encoder and k where the method is worse than none, beyond the seeds' std."
@@ -329,7 +331,7 @@ def content_in(
 class Auto(PositionRemover):
     "Choose a method without labels: `choice_` says which, why, and what the others left."
     def __init__(self,
-        leak:float=.05,        # R² of the raw tokens below which nothing is removed
+        leak:float=.1,         # R² of the raw tokens below which nothing is removed, as in the rule
         random_state:int=0,    # of the augmentation
     ):
         self.leak, self.random_state = leak, random_state

@@ -87,7 +87,7 @@ def images_needed(
 ) -> int:
     "Returns how many images a fit needs at least; a single patch is refused."
     if math.prod(grid_size) == 1: raise ValueError("the grid is a single patch: there is no position to learn, take larger images")
-    return max(math.ceil(2 * embed_dim / math.prod(grid_size)) + 1, 8 * evidence)
+    return max(math.ceil(2 * embed_dim / math.prod(grid_size)) + 1, 16 * evidence)
 
 def _check_enough(images, embed_dim, grid_size, evidence=False):
     need = images_needed(embed_dim, grid_size, evidence)
@@ -270,7 +270,7 @@ def cross_covariance_basis(
 class Evidence:
     "For each direction: its strength, the strength that chance reaches, and the share of chance draws that reach it."
     strength: tuple     # standard deviation of tokens that position explains along the direction
-    chance: float       # what the strongest direction of chance reaches, its (1 - level) quantile
+    chance: float       # what a direction must exceed: all but a share `level` of chance draws stay below
     p: tuple
     level: float
 
@@ -282,7 +282,7 @@ class Evidence:
 
 # %% ../nbs/02_rasa.ipynb #c046
 def position_evidence(
-    moments,             # `Moments`; at least 8 of its groups must hold images
+    moments,             # `Moments` of 16 images or more
     targets,             # [gh, gw, T]
     level:float=.01,     # chance of finding a direction where there is none
     random_state:int=0,  # of the sign flips
@@ -290,8 +290,8 @@ def position_evidence(
 ) -> Evidence:
     "Returns how strongly each direction of the cross-covariance tells position, and how strongly chance would."
     crosses = moments.group_cross(orthonormal_targets(targets))
-    if len(crosses) < 8: raise ValueError(f"{moments.count} images in {len(crosses)} groups are too few to tell position from chance: at least 8 are needed, some hundred are good")
     crosses = crosses[:len(crosses) // 2 * 2]   # in pairs, of a plus and a minus
+    if math.comb(len(crosses), len(crosses) // 2) < 4 / level: raise ValueError(f"{moments.count} images in {len(crosses)} groups are too few to tell position from chance at level {level}: at least 16 are needed, some hundred are good")
     if projector is not None: crosses = projector @ crosses
     draws, generator = math.ceil(2 / level) - 1, torch.Generator().manual_seed(random_state)
     signs = torch.ones(len(crosses), dtype=torch.float64); signs[::2] = -1
@@ -302,12 +302,13 @@ def position_evidence(
     rounding = 1e-12 * moments.cov.diagonal().sum().sqrt()
     p = (1 + (chance[:, None] >= strength).sum(0)).double() / (1 + draws)
     p[strength <= rounding] = 1.
-    return Evidence(tuple(strength.tolist()), float(chance.quantile(1 - level)), tuple(p.tolist()), level)
+    beaten_by = math.floor(level * (1 + draws) + 1e-9)   # so many draws may be stronger still, less one
+    return Evidence(tuple(strength.tolist()), float(chance.sort(descending=True).values[beaten_by - 1]), tuple(p.tolist()), level)
 
 def _strongest(matrices):
     "Largest singular value of each [F, D, T]: by the smaller of its two Gram matrices, or, unless that is small, by Lanczos, which needs no other value."
     if matrices.shape[1] < matrices.shape[2]: matrices = matrices.mT
-    if (n := matrices.shape[2]) > 64: return torch.tensor([svds(a, k=1, v0=np.ones(n), return_singular_vectors=False)[0] if a.any() else 0. for a in matrices.numpy()])
+    if (n := matrices.shape[2]) > 64: return torch.tensor([svds(a, k=1, v0=np.random.default_rng(0).standard_normal(n), return_singular_vectors=False)[0] if a.any() else 0. for a in matrices.numpy()])
     return torch.linalg.eigvalsh(matrices.mT @ matrices)[:, -1].clamp_min(0).sqrt()
 
 # %% ../nbs/02_rasa.ipynb #c050

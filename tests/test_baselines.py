@@ -120,13 +120,19 @@ def test_one_pass_fits_all_as_each_alone(tiny):
         assert torch.allclose(together[name].head.projector, alone.fit(tiny, data, 48).projector_, atol=1e-5), name
 
 
+def test_one_pass_takes_one_random_state(tiny):
+    with pytest.raises(ValueError, match="random_state .0, 3.: methods that share one pass"): fit_together({"a": LEACE(), "b": LEACE(random_state=3)}, tiny, Scenes(n=30), 48)
+    together = fit_together({"a": LEACE(random_state=3)}, tiny, Scenes(n=30), 48)["a"].head
+    assert torch.allclose(together.projector, LEACE(random_state=3).fit(tiny, Scenes(n=30), 48).projector_, atol=1e-5) and together.metadata["fitted_on"]["random_state"] == 3
+
+
 def test_auto_removes_where_position_leaks_and_only_there():
     for strength, chosen in ((2., True), (0., False)):
         auto = Auto().fit(additive(strength), Scenes(n=60))
         assert (auto.choice_.method is not None) == chosen and auto.choice_.reason
         assert chosen != torch.equal(auto.head_(torch.ones(1, 4, 4, 8)), torch.ones(1, 4, 4, 8))
     assert auto.head_.metadata["fitted_on"]["data"]["images"] == 60
-    with pytest.raises(ValueError, match="20 images are too few for Auto, which splits them in three: at least 24"): Auto().fit(additive(1), Scenes(n=20))
+    with pytest.raises(ValueError, match="20 images are too few for Auto, which splits them in three: at least 48"): Auto().fit(additive(1), Scenes(n=20))
 
 
 def test_comparison_and_its_table(tiny):

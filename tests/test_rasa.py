@@ -70,10 +70,10 @@ def test_projector_is_a_projector(grid, d, targets):
 @given(grid=grids, seed=st.integers(0, 99))
 def test_after_the_position_mean_no_function_of_the_cell_is_left(grid, seed):
     z = tokens_of(grid, 6, seed=seed)
-    head = PositionMean("all").fit_moments(moments_of(z)).head_.double()
-    left, t = moments_of(head(z)), position_targets(grid, "grid")
+    left, t = moments_of(z - PositionMean("all")._solve(moments_of(z))[1]), position_targets(grid, "grid")   # in float64, as solved
     explained = (left.cross(t) * (torch.linalg.pinv(left.cov, rtol=1e-9) @ left.cross(t))).sum(0)
     assert (explained <= 1e-10 * t.flatten(0, 1).var(0, correction=0)).all()
+    left = moments_of(PositionMean("all").fit_moments(moments_of(z)).transform(z.float()))                  # and as applied
     assert left.cross(position_targets(grid, "grid")).abs().max() < 1e-5
     assert torch.allclose(left.mean, moments_of(z).mean, atol=1e-4)   # the overall mean stays
 
@@ -279,7 +279,7 @@ def test_rank_by_evidence_number_or_all():
     z = smooth_tokens(0, share=.6)
     assert [RASA(targets="fourier", rank=r).fit_moments(moments_of(z)).basis_.shape[1] for r in ("evidence", "all", 1, 0)] == [2, 7, 1, 0]
     with pytest.raises(ValueError, match="rank='most'"): RASA(rank="most").fit_moments(moments_of(z))
-    with pytest.raises(ValueError, match="6 images are too few for D=32 on a grid of .8, 8.: at least 8 are needed"): RASA().fit_moments(moments_of(z[:6]))
+    with pytest.raises(ValueError, match="6 images are too few for D=32 on a grid of .8, 8.: at least 16 are needed"): RASA().fit_moments(moments_of(z[:6]))
 
 
 def test_evidence_is_the_same_by_gram_matrix_and_by_lanczos():
@@ -287,6 +287,15 @@ def test_evidence_is_the_same_by_gram_matrix_and_by_lanczos():
     for d in (3, 64, 65, 130):
         a = torch.randn(3, d, 140, dtype=torch.float64, generator=torch.Generator().manual_seed(d)); a[2] = 0
         assert torch.allclose(_strongest(a), torch.linalg.svdvals(a)[:, 0]) and torch.allclose(_strongest(a.mT), _strongest(a))
+    two = torch.zeros(1, 100, 140, dtype=torch.float64); two[0, 0, 0], two[0, 0, 1] = 1, -1   # no row of it sees a vector of ones
+    assert torch.allclose(_strongest(two), torch.tensor([2.]).double().sqrt())
+
+
+def test_what_is_beyond_chance_is_what_goes():
+    for seed in range(20):
+        e = position_evidence(moments_of(smooth_tokens(seed, share=.2, n=40)), position_targets((8, 8), "fourier"))
+        assert [s > e.chance for s in e.strength] == [p <= e.level for p in e.p]
+    with pytest.raises(ValueError, match="10 images in 10 groups are too few"): position_evidence(moments_of(smooth_tokens(0, n=10)), position_targets((8, 8)))
 
 
 def test_default_takes_every_direction_in_which_the_proven_mean_moves():
