@@ -17,7 +17,7 @@ from rasa_nb.report import Report
 from rasa_nb.share import Claim
 from rasa_nb.sweep import BUSY, find_notebook, main, plan, run_one, sweep
 
-quick = dict(n_images=[12], k=["12"], seeds=[2], n_iter=[1])
+quick = dict(n_images=[16], k=["12"], seeds=[2], n_iter=[1])
 six = dict(model=["tiny"], solver=["closed_form", "sgd"], seed=[0, 1, 2], **quick)
 
 
@@ -87,18 +87,18 @@ def test_the_report_of_the_sweep(resumed):
     report = Report.read(resumed[0])
     assert [(s.model, s.solver, len(s.records)) for s in report.settings] == [("tiny", "closed_form", 3), ("tiny", "sgd", 3)]
     assert report.frame.fits.tolist() == [3, 3] and report.frame.seeds.tolist() == [2, 2]
-    assert all("part of the split: 12 of 500 images" in s.marks for s in report.settings)
+    assert all("part of the split: 16 of 500 images" in s.marks for s in report.settings)
     d = [r["miou"]["after"]["12"]["mean"] - r["miou"]["before"]["12"]["mean"] for r in report.settings[0].records]
     assert abs(report.frame.difference[0] - sum(d) / 3) < 1e-9
 
 
 def test_by_papermill_with_a_bad_value_that_fails_alone(tmp_path, capfd):
     "The command itself, with the notebook: exit code, executed notebook in the run's folder, the reason of the failure."
-    command = f"--model tiny --solver position_mean -p n_images 12 -p k 12 -p seeds 1 -p image_size 0 100 --jobs 2 --out-dir {tmp_path}"
+    command = f"--model tiny --solver position_mean -p n_images 16 -p k 12 -p seeds 1 -p image_size 0 100 --jobs 2 --out-dir {tmp_path}"
     assert main(command.split()) == 1
     said = capfd.readouterr().out
     assert "2 of 2 runs to make" in said and "without a notebook" not in said
-    good, bad = (p.name for p in plan(dict(model=["tiny"], solver=["position_mean"], seed=[0], n_images=[12], k=["12"], seeds=[1], image_size=[0, 100])))
+    good, bad = (p.name for p in plan(dict(model=["tiny"], solver=["position_mean"], seed=[0], n_images=[16], k=["12"], seeds=[1], image_size=[0, 100])))
     assert sorted(p.name for p in (tmp_path / good).iterdir()) == ["03_train.ipynb", "figure.png", "head.safetensors", "run.json"]
     assert f"{bad}: ValueError: image size 100 x 100 is no multiple" in said.replace("failed in", "").split("1 failed")[1]
     assert not (tmp_path / bad).exists() and (tmp_path / ".sweep" / f"{bad}.ipynb").exists()
@@ -176,14 +176,14 @@ def test_values_that_make_no_sense_fail_without_a_process(tmp_path):
 
 def test_through_a_launcher(tmp_path):
     "The command line that the launcher is given, run by `env`, as srun would."
-    request = dict(model=["tiny"], solver=["position_mean"], seed=[0], n_images=[12], k=["12"], seeds=[1])
+    request = dict(model=["tiny"], solver=["position_mean"], seed=[0], n_images=[16], k=["12"], seeds=[1])
     result = sweep(request, tmp_path, notebook="none", launcher="env RASA_TEST=1", say=silent)
     assert result.ok and len(list(tmp_path.glob("*/run.json"))) == 1
 
 
 def test_by_submitit(tmp_path):
     pytest.importorskip("submitit")
-    request = dict(model=["tiny"], solver=["position_mean"], seed=[0], n_images=[12], k=["12"], seeds=[1], image_size=[0, 100])
+    request = dict(model=["tiny"], solver=["position_mean"], seed=[0], n_images=[16], k=["12"], seeds=[1], image_size=[0, 100])
     result = sweep(request, tmp_path, notebook="none", slurm=dict(cluster="debug"), say=silent)
     assert sorted(result.table.outcome) == ["failed", "finished"] and "nearest to 100" in list(result.failed.values())[0]
 

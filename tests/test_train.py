@@ -98,7 +98,7 @@ def test_each_default_name_is_new(tmp_path):
 
 
 def test_nothing_is_left_when_saving_fails(tmp_path, monkeypatch):
-    config = Config(n_images=8, k=12, seeds=1, out_dir=str(tmp_path), run_name="broken")
+    config = Config(n_images=16, k=12, seeds=1, out_dir=str(tmp_path), run_name="broken")
     run = train(config, progress=False)
     monkeypatch.setattr("rasa_nb.train.run_record", lambda run: 1 / 0)
     with pytest.raises(ZeroDivisionError): save_run(run)
