@@ -163,7 +163,7 @@ def test_a_checkpoint_counts_by_content(tmp_path):
 
 @pytest.mark.parametrize("arguments, message", [
     ("-p modle x", "did you mean 'model'"), ("-p k", "-p k: no value"), ("-p download maybe", "expected True or False"), ("--seeds 0", "expected at least 1"),
-    ("--notebook nowhere.ipynb", "no such file"), ("-p out_dir x", "set by the sweep itself"), ("--slurm 7", "expected KEY=VALUE")])
+    ("--notebook nowhere.ipynb", "no such file"), ("-p out_dir x", "not for the runs of a sweep"), ("--slurm 7", "expected KEY=VALUE")])
 def test_requests_that_make_no_sense(arguments, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as e: main(["--out-dir", str(tmp_path), *arguments.split()])
     assert e.value.code == 2 and message in capsys.readouterr().err and not list(tmp_path.glob("*/run.json"))
