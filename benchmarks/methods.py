@@ -19,7 +19,7 @@ import torch
 from rasa_nb.baselines import Comparison, choose_default, compare_methods, roster
 from rasa_nb.data import Scenes, VOCSegmentation
 from rasa_nb.encoders import load_encoder
-from rasa_nb.overcluster import LEOPART
+from rasa_nb.segmentation import LEOPART
 
 here = Path(__file__).resolve().parent
 shared = here.parent.parent / "shared"   # real weights and data lie beside the project

@@ -5,7 +5,7 @@
 
 Nothing else should run beside it; the first takes about ten minutes on two cores. Writes benchmarks/results/overcluster.json and .png. Every measurement is a process of its
 own, so that its peak memory is its own. The reference works as the earlier code does (protocol `franca`): tokens of all images
-upsampled to the mask size and held in float32, standardised, PCA; K-means of 50 iterations and 5 restarts on 256 points per
+upsampled to the mask size and held in float32, standardized, PCA; K-means of 50 iterations and 5 restarts on 256 points per
 centroid; all pixels assigned; every pair of cluster and class scored by passes over all pixels, for both matchings. Its K-means
 is the same scikit-learn call as ours, where the earlier code calls faiss: the table `training` tells what each takes.
 """
@@ -21,7 +21,7 @@ from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 
-from rasa_nb.overcluster import FRANCA, class_iou, confusion_matrix, draw_points, match_clusters, new_moments, overcluster_tokens, reduce_tokens
+from rasa_nb.segmentation import FRANCA, class_iou, confusion_matrix, draw_points, match_clusters, new_moments, overcluster_tokens, reduce_tokens
 
 results = Path(__file__).parent / "results"
 KS, CLASSES = (21, 100, 300), 21
@@ -29,7 +29,7 @@ KS, CLASSES = (21, 100, 300), 21
 
 # The plain reference: every pixel's token in float32, every score a pass over all pixels.
 def plain_points(tokens, size, components=50):
-    "Principal components of standardised tokens at every pixel [n * height * width, components]."
+    "Principal components of standardized tokens at every pixel [n * height * width, components]."
     pixels = F.interpolate(tokens.float().permute(0, 3, 1, 2), size=size, mode="bilinear")
     pixels = pixels.permute(0, 2, 3, 1).reshape(-1, tokens.shape[-1]).numpy()
     pixels = (pixels - pixels.mean(0)) / pixels.std(0)
@@ -212,9 +212,9 @@ def plot(grown, file):
     fig, axes = plt.subplots(2, 3, figsize=(9, 5), sharex="col", sharey="row", layout="constrained")
     for column, (axis, rows) in zip(axes.T, grown.items()):
         for ax, (key, label) in zip(column, dict(cpu_seconds="CPU seconds", work_gb="GB beyond imports").items()):
-            for which, colour, marker in (("plain", "#d55e00", "o"), ("ours", "#0072b2", "s")):
+            for which, color, marker in (("plain", "#d55e00", "o"), ("ours", "#0072b2", "s")):
                 x, y = zip(*[(r["ks"][0] if axis == "K" else r[axis], r[key]) for r in rows if r["which"] == which])
-                ax.loglog(x, y, marker + "-", color=colour, label=which, base=10)
+                ax.loglog(x, y, marker + "-", color=color, label=which, base=10)
             if ax in axes[:, 0]: ax.set_ylabel(label)
             ax.set_xticks(x, map(str, x)); ax.xaxis.set_minor_locator(plt.NullLocator()); ax.grid(alpha=.3)
         base = grown["images"][0]

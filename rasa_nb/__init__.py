@@ -1,13 +1,23 @@
-__version__ = "0.0.1"
-from .data import Scenes, VOCSegmentation, ImageFolder, ImageMaskFolder
-from .encoders import PatchEncoder, load_encoder
-from .moments import Moments, collect_moments
-from .head import RASAHead
-from .rasa import PositionMean, RASA
-from .bias import layer_r2, position_r2, position_report
-from .overcluster import LEOPART, overcluster
-from .visualize import cluster_maps, pca_maps, position_maps, shift_test, similarity_maps
-from .explorer import explore
-from .baselines import LEACE, Auto, BlankSVD, MeanThenRASA, RemovePCA, ShiftAverage, compare_methods
-from .deploy import export_onnx, fold, load_from_hub, load_released_head, push_to_hub
-from .report import Report
+__version__ = "0.1.0"
+import lazy_loader
+
+# A name is imported when it is first used: `import rasa_nb.matching` loads no widget, no plot and no other method.
+__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs=dict(
+    data=["ImageFolder", "ImageMaskFolder", "Reading", "VOCSegmentation"],
+    scenes=["Scenes"],
+    patch_encoder=["PatchEncoder"],
+    encoders=["load_encoder"],
+    moments=["Moments", "collect_moments"],
+    head=["RASAHead"],
+    rasa=["PositionMean", "RASA"],
+    trained=["TrainedRASA", "load_released_head"],
+    measures=["layer_r2", "position_r2", "position_report"],
+    baselines=["LEACE", "BlankSVD", "MeanThenRASA", "RemovePCA", "ShiftAverage"],
+    matching=["LEOPART"],
+    segmentation=["overcluster"],
+    visualize=["cluster_maps", "pca_maps", "position_maps", "shift_test", "similarity_maps"],
+    explorer=["explore"],
+    deploy=["export_onnx", "fold", "load_from_hub", "push_to_hub"],
+    comparison=["compare_methods"],
+    report=["Report"],
+))

@@ -18,7 +18,7 @@ import seaborn as sns
 from scipy import stats
 
 # %% ../nbs/04_report.ipynb #c007
-from .overcluster import FRANCA, LEOPART, Protocol
+from .matching import FRANCA, LEOPART, Protocol
 
 # %% ../nbs/04_report.ipynb #c011
 FORMAT = "rasa_nb.run.1"
@@ -293,10 +293,10 @@ def _figure(self):
     datasets = list(dict.fromkeys(s.data["name"] for s in self.settings))
     if not datasets: raise ValueError("no runs to show")
     fig, axes = plt.subplots(len(datasets), 2, figsize=(9, 3 * len(datasets)), squeeze=False, layout="constrained")
-    colours = dict(zip([s.title for s in self.settings], sns.color_palette("colorblind", len(self.settings))))
+    colors = dict(zip([s.title for s in self.settings], sns.color_palette("colorblind", len(self.settings))))
     for (left, right), name in zip(axes, datasets):
         some = [s for s in self.settings if s.data["name"] == name]
-        for i, s in enumerate(some): _draw(s, left, right, colours[s.title], .8 * (i - (len(some) - 1) / 2) / len(some))
+        for i, s in enumerate(some): _draw(s, left, right, colors[s.title], .8 * (i - (len(some) - 1) / 2) / len(some))
         ks = sorted({k for s in some for k in s.table.index})
         for ax in (left, right): ax.set(xticks=range(len(ks)), xticklabels=[f"K={k}" for k in ks], xlim=(-.5, len(ks) - .5))
         left.set(ylabel="mIoU (%)", ylim=(0, None)); left.set_title(f"{name}: before (open), after (filled)", fontsize=10)
@@ -306,16 +306,16 @@ def _figure(self):
     return fig
 
 # %% ../nbs/04_report.ipynb #c040
-def _draw(setting, left, right, colour, shift):
+def _draw(setting, left, right, color, shift):
     "One setting into both panels."
     t, scores = setting.table, setting.scores
     x = np.arange(len(t)) + shift
     place = dict(zip(t.index, x))
-    for name, dx, face in (("before", -.06, "white"), ("after", .06, colour)):
-        left.plot(scores.k.map(place) + dx, scores[name], ".", color=colour, alpha=.35, ms=4, zorder=1)
-        left.errorbar(x + dx, t[name], t[f"{name}_std"], fmt="o", color=colour, mfc=face, ms=6, lw=1, zorder=2)
+    for name, dx, face in (("before", -.06, "white"), ("after", .06, color)):
+        left.plot(scores.k.map(place) + dx, scores[name], ".", color=color, alpha=.35, ms=4, zorder=1)
+        left.errorbar(x + dx, t[name], t[f"{name}_std"], fmt="o", color=color, mfc=face, ms=6, lw=1, zorder=2)
     label = f"{setting.model}, {setting.solver}" + " †" * bool(setting.marks)
-    right.errorbar(x, t.difference, np.nan_to_num(t.high - t.difference), fmt="o", color=colour, ms=6, lw=1.2, capsize=3, label=label)
+    right.errorbar(x, t.difference, np.nan_to_num(t.high - t.difference), fmt="o", color=color, ms=6, lw=1.2, capsize=3, label=label)
 
 Report.figure = _figure
 

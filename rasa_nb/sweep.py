@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 # %% ../nbs/03a_sweep.ipynb #c004
 import rasa_nb
-from .overcluster import LEOPART, estimate_memory
-from .share import Claim
-from .train import Config, check_names, save_run, train
+from .segmentation import LEOPART, estimate_memory
+from .store import Claim
+from .run import Config, check_names, save_run, train
 
 # %% ../nbs/03a_sweep.ipynb #c007
 NOT_SWEPT = ("out_dir", "run_name", "cache_dir", "moments_file")     # each run has its own, or all share one: the sweep sees to that

@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 
 from rasa_nb.baselines import (Auto, BlankSVD, Comparison, LEACE, MeanThenRASA, RemovePCA, ShiftAverage, choose_default,
                                compare_methods, content_in, fit_together, leace_fitter, roster)
-from rasa_nb.bias import ridge_r2
+from rasa_nb.measures import ridge_r2
 from rasa_nb.data import Scenes
 from rasa_nb.encoders import PatchEncoder
 from rasa_nb.moments import Moments, orthonormal_targets, position_targets
@@ -78,7 +78,7 @@ def test_content_is_the_variance_within_cells(grid):
 
 
 def additive(strength):
-    "An encoder of mean colour per patch in 3 of 8 dimensions, and position in others."
+    "An encoder of mean color per patch in 3 of 8 dimensions, and position in others."
     g = torch.Generator().manual_seed(0); along = torch.linalg.qr(torch.randn(8, 8, generator=g))[0][:, :5]
     def tokens(m, x):
         z = 9 + torch.nn.functional.avg_pool2d(x, 8).permute(0, 2, 3, 1)   # bias: a black patch is something too

@@ -31,14 +31,14 @@ def test_tie_is_the_share_that_follows_the_layout():
     assert abs(free - 1 / 3) < .1 and tied > .8
 
 
-def test_scene_colours_do_not_tell_the_class():
-    "Mean colour of a class, over many images, is the same for all classes within sampling error."
+def test_scene_colors_do_not_tell_the_class():
+    "Mean color of a class, over many images, is the same for all classes within sampling error."
     sums, counts = np.zeros((12, 3)), np.zeros(12)
     for image, mask in (Scenes("train")[i] for i in range(300)):
         for c in set(mask.unique().tolist()) - {255}:
             sums[c] += image[:, mask == c].float().mean(1).numpy(); counts[c] += 1
     means = sums / counts[:, None]
-    assert (np.abs(means - means.mean(0)) < 30).all(), means  # of 255; a single image's colour has a std of about 55
+    assert (np.abs(means - means.mean(0)) < 30).all(), means  # of 255; a single image's color has a std of about 55
 
 
 def test_augmentation_does_not_depend_on_order_or_workers():

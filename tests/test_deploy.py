@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 import rasa_nb.deploy as deploy
-from rasa_nb.bias import position_r2
+from rasa_nb.measures import position_r2
 from rasa_nb.data import Scenes
 from rasa_nb.deploy import DebiasedNorm, export_onnx, fold, leak_of, load_from_hub, load_released_head, model_card, push_to_hub
 from rasa_nb.encoders import PatchEncoder
-from rasa_nb.identity import encoder_hash, fitted_on, warn_if_foreign
+from rasa_nb.store import encoder_hash, fitted_on, warn_if_foreign
 from rasa_nb.head import DebiasedEncoder, RASAHead
 from rasa_nb.rasa import PositionMean, RASA
 
@@ -47,7 +47,7 @@ def attach(encoder, heads):
     return encoder
 
 
-def normalised(encoder, images): return (images - encoder.mean) / encoder.std
+def normalized(encoder, images): return (images - encoder.mean) / encoder.std
 
 
 @pytest.mark.parametrize("kind", ["projector", "offset", "oblique", "two"])
@@ -57,9 +57,9 @@ def test_folded_is_attached_and_the_rest_untouched(kind, options):
     debiased, prefix = attach(encoder, some_heads()[kind]), encoder.num_prefix_tokens
     model = fold(debiased)
     for size in ((32, 32), (48, 48), (24, 56), (8, 40)):
-        images = torch.rand(2, 3, *size); row = model.forward_features(normalised(encoder, images)); expected = debiased(images)
+        images = torch.rand(2, 3, *size); row = model.forward_features(normalized(encoder, images)); expected = debiased(images)
         assert (row[:, prefix:].unflatten(1, expected.shape[1:3]) - expected).abs().max() < 1e-5 * expected.std().clamp_min(1)
-        assert torch.equal(row[:, :prefix], encoder.model.forward_features(normalised(encoder, images))[:, :prefix])
+        assert torch.equal(row[:, :prefix], encoder.model.forward_features(normalized(encoder, images))[:, :prefix])
     assert all(torch.equal(v, before[k]) for k, v in encoder.model.state_dict().items()) and not any(isinstance(m, DebiasedNorm) for m in encoder.model.modules())
 
 
@@ -107,7 +107,7 @@ def test_folded_transformers(name):
         debiased = attach(encoder, heads); model = fold(debiased)
         for size in ((32, 32), (24, 48)):
             images = torch.rand(1, 3, *size); expected = debiased(images)
-            out, untouched = (m(normalised(encoder, images), **options) for m in (model, encoder.model))
+            out, untouched = (m(normalized(encoder, images), **options) for m in (model, encoder.model))
             assert (out.last_hidden_state[:, prefix:].unflatten(1, expected.shape[1:3]) - expected).abs().max() < 1e-5 * expected.std().clamp_min(1)
             if prefix: assert torch.equal(out.pooler_output, untouched.pooler_output)
 
@@ -130,7 +130,7 @@ def test_own_module_by_the_name_of_its_norm():
     encoder = PatchEncoder(Conv(), lambda m, x: m(x), 32, 8, 32, name="mine")
     debiased, images = attach(encoder, some_heads()["oblique"]), torch.rand(2, 3, 24, 40)
     with pytest.raises(ValueError, match="no last norm under .* its children are patches, last"): fold(debiased)
-    assert torch.allclose(fold(debiased, norm="last")(normalised(encoder, images)), debiased(images), atol=1e-5)
+    assert torch.allclose(fold(debiased, norm="last")(normalized(encoder, images)), debiased(images), atol=1e-5)
 
 
 def test_tokens_from_elsewhere_are_not_folded(tiny):
@@ -152,7 +152,7 @@ def test_another_size_is_warned_of_where_models_resample_otherwise():
         assert any("resamples its position embedding" in str(w.message) for w in caught) == warned
         for size, same in (((224, 224), True), ((224, 320), not warned)):
             images = torch.rand(1, 3, *size)
-            row = folded.forward_features(normalised(debiased.encoder, images))[:, 1:].view(1, 14, -1, 192)
+            row = folded.forward_features(normalized(debiased.encoder, images))[:, 1:].view(1, 14, -1, 192)
             assert torch.allclose(row, debiased(images), atol=1e-5) == same
 
 
@@ -274,7 +274,7 @@ def test_a_head_of_one_size_works_at_another(tiny):
 
 def test_an_offset_learned_at_one_size_takes_position_away_at_another():
     along = torch.randn(2, 8)
-    def tokens(m, x):   # content is colour; position is where a patch lies in the frame, whatever its size
+    def tokens(m, x):   # content is color; position is where a patch lies in the frame, whatever its size
         z = torch.nn.functional.avg_pool2d(x, 8).permute(0, 2, 3, 1) @ torch.ones(3, 8) + torch.randn(len(x), x.shape[2] // 8, x.shape[3] // 8, 8)
         where = [(torch.arange(n) + .5) / n for n in z.shape[1:3]]
         return z + 3 * torch.stack(torch.meshgrid(*where, indexing="ij"), -1) @ along
@@ -293,5 +293,5 @@ def test_identity_of_encoders(tiny):
     with torch.no_grad(): twin.model.blocks[0].mlp.fc1.weight[0, 0] += 1e-3
     with pytest.warns(UserWarning, match="fitted on 'tiny' and meets 'tiny', which is not the same encoder"): assert warn_if_foreign(source, twin)
     with pytest.warns(UserWarning, match="encoder 'vits' then, 'tiny' now"): warn_if_foreign(dict(encoder="vits"), tiny)
-    twin = copy.deepcopy(tiny); twin.std = twin.std * 1.1      # images normalised otherwise: other tokens
+    twin = copy.deepcopy(tiny); twin.std = twin.std * 1.1      # images normalized otherwise: other tokens
     assert encoder_hash(twin) != encoder_hash(tiny)

@@ -39,7 +39,7 @@ def test_two_processes_give_the_moments_and_the_head_of_one(tmp_path):
 
 
 def test_a_run_under_torchrun(tmp_path):
-    done = torchrun(2, "-m", "rasa_nb.train", "--n_images", 20, "--k", 12, "--seeds", 1, "--out_dir", tmp_path, "--run_name", "r")
+    done = torchrun(2, "-m", "rasa_nb.run", "--n_images", 20, "--k", 12, "--seeds", 1, "--out_dir", tmp_path, "--run_name", "r")
     assert done.returncode == 0, done.stderr[-2000:]
     alone = RASA().fit(load_encoder("tiny", device="cpu"), Scenes("train", 20))   # n_images is a cut of the same dataset
     assert (RASAHead.load(tmp_path / "r" / "head.safetensors").projector - alone.projector_).abs().max() < 1e-5

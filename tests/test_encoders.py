@@ -12,7 +12,7 @@ from torch import nn
 from rasa_nb.data import Evaluation, Scenes, Transformed
 from rasa_nb.checkpoints import read_checkpoint, to_timm
 from rasa_nb.encoders import ALIASES, FitSize, PatchEncoder, _create, from_timm, list_encoders, load_encoder
-from rasa_nb.vits import resample
+from rasa_nb.patch_encoder import resample
 
 import timm
 transformers = pytest.importorskip("transformers")
@@ -21,7 +21,7 @@ SMALL = dict(depth=3, embed_dim=48, num_heads=3)
 SMALL_HF = dict(hidden_size=48, num_hidden_layers=3, num_attention_heads=3, intermediate_size=192)
 
 
-def randomise(model, seed=0):
+def randomize(model, seed=0):
     "Every weight random, so that zero biases and tiny layer scales hide nothing."
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -30,8 +30,8 @@ def randomise(model, seed=0):
     return model.eval()
 
 
-def small_timm(name, **kwargs): return randomise(_create(name, **SMALL, **kwargs))
-def normalised(encoder, images): return (images - encoder.mean) / encoder.std
+def small_timm(name, **kwargs): return randomize(_create(name, **SMALL, **kwargs))
+def normalized(encoder, images): return (images - encoder.mean) / encoder.std
 def close(a, b, tolerance): assert a.shape == b.shape and (a - b).abs().max() <= tolerance, f"{tuple(a.shape)}, {tuple(b.shape)}: {(a - b).abs().max():.2g} apart"
 def to_rows(x): return x.permute(0, 2, 3, 1)
 
@@ -53,9 +53,9 @@ def test_tokens_are_timms_own(name, grid):
     images = torch.rand(2, 3, grid[0] * p, grid[1] * p)
     norm = model.fc_norm if isinstance(model.norm, nn.Identity) else model.norm
     with torch.no_grad():
-        last = model.forward_features(normalised(encoder, images))[:, model.num_prefix_tokens:]
+        last = model.forward_features(normalized(encoder, images))[:, model.num_prefix_tokens:]
         if norm is not model.norm: last = norm(last)
-        middle, = model.forward_intermediates(normalised(encoder, images), indices=[1], norm=False, intermediates_only=True)
+        middle, = model.forward_intermediates(normalized(encoder, images), indices=[1], norm=False, intermediates_only=True)
         middle_normed = norm(to_rows(middle))
     close(encoder(images), last.unflatten(1, tuple(grid)), 1e-5)
     close(encoder.at(1, norm=False)(images), to_rows(middle), 1e-5)
@@ -78,12 +78,12 @@ def test_a_two_to_one_image_gives_rows_first():
 def hf(kind, **kwargs):
     model, config = getattr(transformers, kind + "Model"), getattr(transformers, kind + "Config")
     registers = dict(num_register_tokens=4) if kind == "DINOv3ViT" else {}
-    return randomise(model(config(**SMALL_HF, **dict(image_size=64, patch_size=16) | registers | kwargs)))
+    return randomize(model(config(**SMALL_HF, **dict(image_size=64, patch_size=16) | registers | kwargs)))
 
 HF = ["Dinov2", "Dinov2WithRegisters", "DINOv3ViT", "ViT", "CLIPVision", "SiglipVision", "ViTMAE"]
 
 def hf_reference(model, x, layer):
-    "Patch tokens by the library's own forward: (normalised, bare), from its outputs and, for a middle block, its own stack of hidden states."
+    "Patch tokens by the library's own forward: (normalized, bare), from its outputs and, for a middle block, its own stack of hidden states."
     kind, options = model.config.model_type, {}
     if kind in ("vit", "vit_mae", "clip_vision_model", "siglip_vision_model"): options["interpolate_pos_encoding"] = True
     if kind == "vit_mae": model.config.mask_ratio, options["noise"] = 0., torch.arange(x.shape[-1] * x.shape[-2] // 256).expand(len(x), -1).float()
@@ -101,14 +101,14 @@ def test_tokens_are_transformers_own(kind, grid):
     assert encoder.num_layers == 3 and encoder.embed_dim == 48 and encoder.patch_size == 16
     images = torch.rand(2, 3, grid[0] * 16, grid[1] * 16)
     for layer in (-1, 1):
-        close(encoder.at(layer)(images).flatten(1, 2), hf_reference(model, normalised(encoder, images), layer), 1e-5)
+        close(encoder.at(layer)(images).flatten(1, 2), hf_reference(model, normalized(encoder, images), layer), 1e-5)
 
 
 def test_clip_without_norm_is_last_hidden_state():
     model = hf("CLIPVision")
     encoder = load_encoder(model, norm=False, device="cpu")
     images = torch.rand(1, 3, 64, 64)
-    with torch.no_grad(): theirs = model(normalised(encoder, images)).last_hidden_state[:, 1:]
+    with torch.no_grad(): theirs = model(normalized(encoder, images)).last_hidden_state[:, 1:]
     close(encoder(images).flatten(1, 2), theirs, 1e-5)
 
 
@@ -128,9 +128,9 @@ def cubic(t, a=-.75):
 
 def offset_matrix(old, new):
     "Bicubic interpolation from `old` to `new` cells whose scale is (new + 0.1) / old, edges repeated: a matrix [new, old]."
-    centre = (np.arange(new) + .5) / ((new + .1) / old) - .5
+    center = (np.arange(new) + .5) / ((new + .1) / old) - .5
     matrix = np.zeros((new, old))
-    for i, c in enumerate(centre):
+    for i, c in enumerate(center):
         for j in range(int(np.floor(c)) - 1, int(np.floor(c)) + 3): matrix[i, min(max(j, 0), old - 1)] += cubic(c - j)
     return matrix
 
@@ -246,7 +246,7 @@ def test_dinov2_official_file(tmp_path, alias):
 
 def test_dino_official_full_checkpoint(tmp_path):
     model, other = small_timm(ALIASES["dino_vits16"]), small_timm(ALIASES["dino_vits16"], img_size=224)
-    randomise(other, seed=9)
+    randomize(other, seed=9)
     torch.save(dict(teacher={**{f"backbone.{k}": v for k, v in model.state_dict().items()}, "head.mlp.0.weight": torch.ones(2)},
                     student={f"module.backbone.{k}": v for k, v in other.state_dict().items()}, epoch=100, args=Namespace(arch="vit_small")), tmp_path / "dino.pth")
     encoder, images = load_encoder("dino_vits16", checkpoint=tmp_path / "dino.pth", device="cpu", **SMALL), torch.rand(1, 3, 64, 128)
@@ -262,7 +262,7 @@ def test_lightning_state_dict(tmp_path):
 def test_franca_file(tmp_path, monkeypatch):
     from rasa_nb import encoders
     monkeypatch.setitem(encoders.FRANCA, "franca_vitb14", (48, 4, 3, 128))
-    model = randomise(_create("franca_vitb14", img_size=56))
+    model = randomize(_create("franca_vitb14", img_size=56))
     chunked = {re.sub(r"^blocks\.(\d+)\.", lambda m: f"blocks.{int(m[1]) // 2}.{m[1]}.", k).replace("mlp.fc1", "mlp.w12").replace("mlp.fc2", "mlp.w3"): v for k, v in model.state_dict().items()}
     torch.save({"teacher": {f"module.backbone.{k}": v for k, v in chunked.items()} | {"module.backbone.mask_token": torch.zeros(1, 48), "module.dino_head.last.weight": torch.ones(1)}}, tmp_path / "franca.pth")
     encoder, images = load_encoder("franca_vitb14", checkpoint=tmp_path / "franca.pth", device="cpu"), torch.rand(1, 3, 28, 70)
@@ -274,7 +274,7 @@ def test_published_deit_weights_give_timms_tokens(deit_file):
     encoder, own = load_encoder("deit_tiny_patch16_224", checkpoint=deit_file, device="cpu"), timm.create_model("deit_tiny_patch16_224", num_classes=0, dynamic_img_size=True).eval()
     own.load_state_dict({k: v for k, v in read_checkpoint(deit_file).items() if not k.startswith("head.")})
     images = torch.rand(1, 3, 224, 224)
-    with torch.no_grad(): theirs = own.forward_features(normalised(encoder, images))[:, 1:]
+    with torch.no_grad(): theirs = own.forward_features(normalized(encoder, images))[:, 1:]
     close(encoder(images).flatten(1, 2), theirs, 1e-5)
     assert encoder.resampling == "bicubic" and encoder(torch.rand(1, 3, 160, 320)).shape == (1, 10, 20, 192)
 
@@ -297,7 +297,7 @@ def test_transformers_file_in_timm(tmp_path, kind, how):
     p = model.config.patch_size
     sizes = [(model.config.image_size,) * 2] + ([(3 * p, 7 * p)] if kind != "CLIPVision" else [])  # OpenAI's code has no other size, so each library has its own way
     for size in sizes:
-        images = normalised(through_timm, torch.rand(1, 3, *size))
+        images = normalized(through_timm, torch.rand(1, 3, *size))
         close(through_timm.blocks(images, [1, -1])[0], through_hf.blocks(images, [1, -1])[0], 1e-4)
         close(through_timm.blocks(images, [-1])[0], through_hf.blocks(images, [-1])[0], 1e-4)
 
@@ -399,7 +399,7 @@ def test_other_devices(device):
 
 def test_list_of_encoders():
     table = list_encoders("dinov2_vits*").set_index("name")
-    assert tuple(table.loc["dinov2_vits_reg", ["source", "patch", "dim", "prefix", "licence"]]) == ("timm", 14, 384, 5, "apache-2.0") and 21 < table.loc["dinov2_vits", "params"] < 23
+    assert tuple(table.loc["dinov2_vits_reg", ["source", "patch", "dim", "prefix", "license"]]) == ("timm", 14, 384, 5, "apache-2.0") and 21 < table.loc["dinov2_vits", "params"] < 23
 
 
 # Bad input
@@ -427,7 +427,7 @@ def test_pickle_with_code_is_refused(tmp_path):
 
 def test_images_out_of_range_are_warned_about_once():
     encoder = from_timm(small_timm("vit_small_patch14_dinov2", img_size=70))
-    with pytest.warns(UserWarning, match="Normalised twice"): encoder(torch.randn(1, 3, 70, 70))
+    with pytest.warns(UserWarning, match="Normalized twice"): encoder(torch.randn(1, 3, 70, 70))
     with warnings.catch_warnings(): warnings.simplefilter("error"); encoder(torch.randn(1, 3, 70, 70))
 
 def test_images_of_the_wrong_kind(encoder):
@@ -438,7 +438,7 @@ def test_images_of_the_wrong_kind(encoder):
 def test_grid_that_does_not_match_the_tokens(encoder):
     wrong = PatchEncoder(nn.AvgPool2d(7), lambda m, x: m(x).permute(0, 2, 3, 1), embed_dim=3, patch_size=14)
     with pytest.raises(ValueError, match=r"returned tokens \(1, 10, 10, 3\), expected \(1, 5, 5, 3\)"): wrong(torch.rand(1, 3, 70, 70))
-    registers = randomise(_create("vit_small_patch14_reg4_dinov2", **SMALL)); registers.num_prefix_tokens = 1
+    registers = randomize(_create("vit_small_patch14_reg4_dinov2", **SMALL)); registers.num_prefix_tokens = 1
     with pytest.raises(ValueError, match="1 prefix tokens and 5 x 5 patches"): from_timm(registers)(torch.rand(1, 3, 70, 70))
 
 def test_names_that_are_none():

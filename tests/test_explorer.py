@@ -35,11 +35,11 @@ def sent(explorer, name):
 
 # Maps
 
-@pytest.mark.parametrize("centre", [True, False])
-def test_maps_are_those_of_patch_similarity(tiny, scenes, centre):
-    explorer, tokens = explore(scenes, tiny, centre=centre), tiny(torch.stack(scenes) / 255)
+@pytest.mark.parametrize("center", [True, False])
+def test_maps_are_those_of_patch_similarity(tiny, scenes, center):
+    explorer, tokens = explore(scenes, tiny, center=center), tiny(torch.stack(scenes) / 255)
     for x, y in [(0, 0), (95, 95), (40, 71)]:
-        expected = patch_similarity(tokens[0], (y // 8, x // 8), centre)
+        expected = patch_similarity(tokens[0], (y // 8, x // 8), center)
         assert torch.allclose(explorer.select((x, y)).similarity()["tiny"], expected, atol=1e-5)
         assert np.allclose(sent(explorer, "tiny"), expected, atol=1e-5)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from rasa_nb.bias import position_r2, ridge_r2
+from rasa_nb.measures import position_r2, ridge_r2
 from rasa_nb.data import Scenes, augmentation
 from rasa_nb.encoders import PatchEncoder, load_encoder
 from rasa_nb.moments import Moments, collect_moments, orthonormal_targets, position_targets
@@ -258,7 +258,7 @@ def test_probe_returns_the_planted_share(share):
 
 
 def smooth_tokens(seed, n=160, grid=(8, 8), d=32, share=0., rank=2):
-    "Tokens that are alike in neighbouring patches, as real ones are, with `rank` planted directions of position."
+    "Tokens that are alike in neighboring patches, as real ones are, with `rank` planted directions of position."
     g = torch.Generator().manual_seed(seed)
     z = torch.nn.functional.interpolate(torch.randn(n, d, 4, 4, generator=g), grid, mode="bilinear").permute(0, 2, 3, 1)
     z = z @ torch.randn(d, d, generator=g)

@@ -17,7 +17,7 @@ import pytest
 from packaging.requirements import Requirement
 from papermill.cli import _resolve_type
 
-from rasa_nb.train import Config, check_names
+from rasa_nb.run import Config, check_names
 
 root = Path(__file__).parent.parent
 settings = ConfigParser(delimiters=["="])

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from rasa_nb.overcluster import FRANCA, LEOPART
+from rasa_nb.segmentation import FRANCA, LEOPART
 from rasa_nb.report import PUBLISHED, Report, Setting, group_runs, keep_record, published_for, read_runs
 
 stored = Path(__file__).parent.parent / "benchmarks" / "results"

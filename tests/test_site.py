@@ -78,7 +78,7 @@ def test_a_signature_shows_every_parameter_and_links_names(build):
 
 
 def test_a_default_with_a_name_is_shown_by_it(build):
-    from rasa_nb.overcluster import overcluster
+    from rasa_nb.segmentation import overcluster
     assert "protocol=LEOPART" in build.signature("overcluster", overcluster)
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from rasa_nb import sweep as module
 from rasa_nb.report import Report
-from rasa_nb.share import Claim
+from rasa_nb.store import Claim
 from rasa_nb.sweep import BUSY, find_notebook, main, plan, run_one, sweep
 
 quick = dict(n_images=[16], k=["12"], seeds=[2], n_iter=[1])

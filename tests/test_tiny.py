@@ -48,7 +48,7 @@ def test_it_loads_in_under_a_second_after_imports():
 def test_it_is_no_random_network(tiny):
     torch.manual_seed(0)
     from rasa_nb.data import Scenes
-    from rasa_nb.bias import position_r2
+    from rasa_nb.measures import position_r2
     assert position_r2(tiny, Scenes("train", 120, seed=6)).mean["tiny"] > .6
 
 

@@ -32,13 +32,13 @@ def planted(tokens, dim, patch=8, image_size=48, name="planted"):
 
 
 def places(gh, gw): return torch.stack(torch.meshgrid(torch.arange(gh) / gh, torch.arange(gw) / gw, indexing="ij"), -1)
-def colour(images, gh, gw): return nn.functional.adaptive_avg_pool2d(images, (gh, gw)).permute(0, 2, 3, 1)
+def color(images, gh, gw): return nn.functional.adaptive_avg_pool2d(images, (gh, gw)).permute(0, 2, 3, 1)
 
 
 def position_encoder(**how): return planted(lambda x, gh, gw: places(gh, gw).expand(len(x), -1, -1, -1), 2, name="position", **how)
-def content_encoder(**how): return planted(colour, 3, name="content", **how)
+def content_encoder(**how): return planted(color, 3, name="content", **how)
 def mixed_encoder(strength=1., **how):
-    return planted(lambda x, gh, gw: torch.cat([colour(x, gh, gw), strength * places(gh, gw).expand(len(x), -1, -1, -1)], -1), 5, name="mixed", **how)
+    return planted(lambda x, gh, gw: torch.cat([color(x, gh, gw), strength * places(gh, gw).expand(len(x), -1, -1, -1)], -1), 5, name="mixed", **how)
 def turned(encoder, turn, name="turned"): return planted(lambda x, gh, gw: encoder(x) @ turn, encoder.embed_dim, encoder.patch_size, encoder.image_size, name)
 def cosine(a, b): return nn.functional.cosine_similarity(a, b, dim=-1)
 
@@ -88,7 +88,7 @@ def test_target_of_another_shape_and_points_in_its_own_pixels():
 
 def test_alike_tokens_give_no_map_of_rounding_errors():
     flat = torch.ones(4, 5, 16) + 1e-7 * torch.randn(4, 5, 16)
-    assert not patch_similarity(flat, (1, 1)).any() and patch_similarity(flat, (1, 1), centre=False).min() > .999
+    assert not patch_similarity(flat, (1, 1)).any() and patch_similarity(flat, (1, 1), center=False).min() > .999
 
 
 def test_all_encoders_on_one_stated_scale():
@@ -101,13 +101,13 @@ def test_all_encoders_on_one_stated_scale():
 # Moving content
 
 @SETTINGS
-@given(gh=st.integers(2, 6), gw=st.integers(2, 6), step=st.integers(1, 2), centre=st.booleans())
-def test_shift_of_pure_position_is_its_closed_form(gh, gw, step, centre):
+@given(gh=st.integers(2, 6), gw=st.integers(2, 6), step=st.integers(1, 2), center=st.booleans())
+def test_shift_of_pure_position_is_its_closed_form(gh, gw, step, center):
     step = min(step, max(gh, gw) - 1)
-    tokens = places(gh, gw) + (0 if centre else .3)
+    tokens = places(gh, gw) + (0 if center else .3)
     encoder = planted(lambda x, *_: tokens.expand(len(x), -1, -1, -1), 2)
-    found = shift_similarity(torch.rand(3, 8 * gh, 8 * gw), encoder, (8 * gh, 8 * gw), step, centre).similarity["planted"]
-    p = tokens - tokens.mean((0, 1)) * centre
+    found = shift_similarity(torch.rand(3, 8 * gh, 8 * gw), encoder, (8 * gh, 8 * gw), step, center).similarity["planted"]
+    p = tokens - tokens.mean((0, 1)) * center
     for i, a in enumerate(range(0, gh, step)):
         for j, b in enumerate(range(0, gw, step)):
             expected = cosine(p, p.roll((-a, -b), (0, 1)))   # content of cell c comes to stand at c + (a, b)
@@ -183,7 +183,7 @@ def test_one_base_has_one_fit_and_models_have_their_own():
     joint, alone = (maps_of(pca_maps(images, {"before": base, "after": half}, joint=j)) for j in (True, False))
     assert not np.allclose(joint[2], joint[4], atol=.05) and np.allclose(alone[2], alone[4], atol=1e-3)   # a joint fit shows that tokens shrank
     def says(fig): return fig.get_supxlabel()
-    assert "colours comparable between rows" in says(pca_maps(images, {"before": base, "after": same}))
+    assert "colors comparable between rows" in says(pca_maps(images, {"before": base, "after": same}))
     assert "not comparable" in says(pca_maps(images, {"a": base, "b": mixed_encoder()})) and "not comparable" in says(pca_maps(images, {"before": base, "after": same}, joint=False))
 
 
@@ -194,7 +194,7 @@ BLIND = dict(protan=[[.152286, 1.052583, -.204868], [.114503, .786281, .099216],
 
 
 def lab(rgb, kind):
-    "CIELAB of sRGB colours [..., 3] as someone of this kind sees them."
+    "CIELAB of sRGB colors [..., 3] as someone of this kind sees them."
     rgb = np.asarray(rgb, float)
     linear = (np.where(rgb <= .04045, rgb / 12.92, ((rgb + .055) / 1.055) ** 2.4) @ np.array(BLIND[kind]).T).clip(0, 1)
     xyz = linear @ np.array([[.4124564, .3575761, .1804375], [.2126729, .7151522, .0721750], [.0193339, .1191920, .9503041]]).T / [.95047, 1, 1.08883]
@@ -203,24 +203,24 @@ def lab(rgb, kind):
 
 
 @pytest.mark.parametrize("kind", BLIND)
-def test_cluster_colours_are_told_apart_by_all_eyes(kind):
+def test_cluster_colors_are_told_apart_by_all_eyes(kind):
     fig = cluster_maps(torch.rand(3, 48, 48), content_encoder(), 10)
-    colours = lab(np.unique(maps_of(fig)[1].reshape(-1, 3), axis=0), kind)
-    apart = np.linalg.norm(colours[:, None] - colours[None], axis=-1)[~np.eye(10, dtype=bool)]
+    colors = lab(np.unique(maps_of(fig)[1].reshape(-1, 3), axis=0), kind)
+    apart = np.linalg.norm(colors[:, None] - colors[None], axis=-1)[~np.eye(10, dtype=bool)]
     assert apart.min() > 15   # some 2 is a difference that is just seen
 
 
 @pytest.mark.parametrize("kind", BLIND)
 @pytest.mark.parametrize("map_name", ["RdBu_r", "cividis"])
-def test_colour_maps_are_told_apart_by_all_eyes(kind, map_name):
+def test_color_maps_are_told_apart_by_all_eyes(kind, map_name):
     c = lab(plt.get_cmap(map_name)(np.linspace(0, 1, 5))[:, :3], kind)
     assert min(np.linalg.norm(a - b) for n, a in enumerate(c) for b in c[:n]) > 12
 
 
 @pytest.mark.parametrize("kind", ["protan", "deutan", "normal"])
 def test_the_first_two_components_are_seen_by_the_red_green_blind(kind):
-    from rasa_nb.visualize import _colours_of
-    c = lab(_colours_of(torch.tensor([[-1., -1, 0], [-1, 1, 0], [1, -1, 0], [1, 1, 0], [0, 0, 0]]).double(), "opponent"), kind)
+    from rasa_nb.visualize import _colors_of
+    c = lab(_colors_of(torch.tensor([[-1., -1, 0], [-1, 1, 0], [1, -1, 0], [1, 1, 0], [0, 0, 0]]).double(), "opponent"), kind)
     assert min(np.linalg.norm(a - b) for n, a in enumerate(c) for b in c[:n]) > 25
 
 
@@ -228,7 +228,7 @@ def test_the_first_two_components_are_seen_by_the_red_green_blind(kind):
 
 def one_hot(k, order):
     "An encoder whose tokens say which of k stripes of grey a patch is in, numbered in this order."
-    def tokens(x, gh, gw): return 5. * torch.eye(k)[torch.as_tensor(order)[(colour(x, gh, gw)[..., 0] * (k - .001)).long()]]
+    def tokens(x, gh, gw): return 5. * torch.eye(k)[torch.as_tensor(order)[(color(x, gh, gw)[..., 0] * (k - .001)).long()]]
     return planted(tokens, k)
 
 
@@ -243,7 +243,7 @@ def test_clusters_of_a_permuted_encoder_have_the_same_numbers(order, seed):
     assert (np.diff(sizes) <= 0).all()   # the largest is cluster 0
 
 
-def test_cluster_colours_of_a_permuted_encoder_are_the_same():
+def test_cluster_colors_of_a_permuted_encoder_are_the_same():
     image = (torch.arange(36).view(1, 6, 6) / 36).repeat_interleave(8, 1).repeat_interleave(8, 2).expand(3, -1, -1)
     fig = cluster_maps(image, {"a": one_hot(4, [0, 1, 2, 3]), "b": one_hot(4, [2, 0, 3, 1])}, 4)
     maps = maps_of(fig)
@@ -392,7 +392,7 @@ def test_transparent_images_lie_over_white():
 
 
 @pytest.mark.parametrize("image, says", [
-    (torch.full((3, 48, 48), float("nan")), "6912 values that are not finite"), (torch.rand(3, 48, 48) * 255, "divide by 255"), (torch.rand(3, 48, 48) - .5, "undo its normalisation"),
+    (torch.full((3, 48, 48), float("nan")), "6912 values that are not finite"), (torch.rand(3, 48, 48) * 255, "divide by 255"), (torch.rand(3, 48, 48) - .5, "undo its normalization"),
     (torch.rand(2, 3, 48, 48), "of a batch give one"), (torch.rand(5, 48, 48), "expected \\[3, H, W\\]"), (torch.rand(3, 0, 48), "expected \\[3, H, W\\]"), (np.zeros((0, 4)), "expected \\[3, H, W\\]")])
 @pytest.mark.parametrize("draw", [lambda i: similarity_maps(i, mixed_encoder(), [(1, 1)]), lambda i: shift_test(i, mixed_encoder()), lambda i: pca_maps([i], mixed_encoder()),
                                   lambda i: cluster_maps([i], mixed_encoder()), lambda i: similarity_maps(torch.rand(3, 48, 48), mixed_encoder(), [(1, 1)], target=i)],
@@ -458,7 +458,7 @@ def test_no_encoder_and_tokens_that_are_not_finite():
     for draw in (lambda: similarity_maps(torch.rand(3, 48, 48), broken, [(1, 1)]), lambda: pca_maps(torch.rand(3, 48, 48), broken), lambda: mean_tokens(broken, SCENES), lambda: cluster_places(broken, SCENES)):
         with pytest.raises(ValueError, match="not finite"): draw()
     with pytest.raises(ValueError, match="no images"): pca_maps([], mixed_encoder())
-    with pytest.raises(ValueError, match="colours='hsv'"): pca_maps(torch.rand(3, 48, 48), mixed_encoder(), colours="hsv")
+    with pytest.raises(ValueError, match="colors='hsv'"): pca_maps(torch.rand(3, 48, 48), mixed_encoder(), colors="hsv")
 
 
 # Figures
@@ -499,14 +499,14 @@ def test_many_columns_still_fit():
 def test_calls_that_stood_before_still_work(tiny):
     image = Scenes("val")[0][0]
     fig = similarity_maps(image, {"before": tiny}, [(80, 30), (50, 50)], 96)   # a run gives the size by place
-    assert maps_of(fig)[1].shape == (12, 12) and len(maps_of(similarity_maps(image, tiny, [(80, 30)], centre=False))) == 2
+    assert maps_of(fig)[1].shape == (12, 12) and len(maps_of(similarity_maps(image, tiny, [(80, 30)], center=False))) == 2
     assert patch_similarity(tiny(image[None] / 255)[0], (3, 4)).shape == (12, 12)
     for name in ("similarity_maps", "pca_maps", "cluster_maps", "position_maps", "shift_test"): assert callable(getattr(rasa_nb, name))
 
 
 def test_before_and_after_share_one_pass():
     calls = []
-    base = planted(lambda x, gh, gw: calls.append(len(x)) or colour(x, gh, gw), 3)
+    base = planted(lambda x, gh, gw: calls.append(len(x)) or color(x, gh, gw), 3)
     after = DebiasedEncoder(base, RASAHead(torch.eye(3)))
     similarity_maps(torch.rand(3, 48, 48), {"before": base, "after": after}, [(1, 1)])
     assert calls == [1]

@@ -202,9 +202,9 @@ def test_maps_follow_a_drag(page, lab, capsys):
 
 def test_dark_theme_and_keyboard_alone(page, lab, screenshots):
     explorer = run_all(page, lab, "JupyterLab Dark")
-    colour, background = page.evaluate("""() => { const e = document.querySelector('.rasa-explorer');
+    color, background = page.evaluate("""() => { const e = document.querySelector('.rasa-explorer');
         return [getComputedStyle(e).color, getComputedStyle(document.body).getPropertyValue('--jp-layout-color0')] }""")
-    assert sum(map(int, colour.split("(")[1].rstrip(")").split(",")[:3])) > 380, f"text {colour} on {background}"
+    assert sum(map(int, color.split("(")[1].rstrip(")").split(",")[:3])) > 380, f"text {color} on {background}"
     explorer.get_by_role("combobox", name="Image", exact=True).focus()
     seen = []
     for _ in range(12):
