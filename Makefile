@@ -18,7 +18,8 @@ run: $(VENV)/.stamp            ## the main job: encoder -> position removed -> s
 
 # One thread per worker: two workers with two threads each would fight for two cores.
 test: export OMP_NUM_THREADS = 1
-test: $(VENV)/.stamp           ## notebooks as tests, module in step with notebooks, notebooks clean, pytest
+test: $(VENV)/.stamp           ## style, notebooks as tests, module in step with notebooks, notebooks clean, pytest
+	$(BIN)/ruff check --quiet rasa_nb nbs
 	$(BIN)/nbdev_test --n_workers 2 --timing
 	$(BIN)/python scripts/check_sync.py
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests --durations=8
