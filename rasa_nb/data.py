@@ -228,6 +228,7 @@ class ImageMaskFolder(ImageFolder):
 VOC_CLASSES = """background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse
     motorbike person pottedplant sheep sofa train tvmonitor""".split()
 
+# %% ../nbs/00_data.ipynb #d0000040
 class VOCSegmentation(SegmentationData):
     "Pascal VOC 2012 segmentation in its official folder layout: 20 classes and background, void 255."
     classes = VOC_CLASSES
