@@ -1,16 +1,19 @@
-"""What several test files share: real data and weights, where they lie beside the project."""
+"""What several test files share: real data and weights, images, and the smallest encoders."""
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
-shared = Path(__file__).parent.parent.parent / "shared"
+# real data and weights lie beside the project, or where RASA_NB_SHARED says
+shared = Path(os.environ.get("RASA_NB_SHARED") or Path(__file__).parent.parent.parent / "shared")
 
 
 @pytest.fixture(scope="session")
 def voc_root():
-    if not (shared / "data" / "VOCdevkit" / "VOC2012").is_dir(): pytest.skip(f"no Pascal VOC at {shared / 'data'}")
-    return shared / "data"
+    root = shared / "data"
+    if not (root / "VOCdevkit" / "VOC2012").is_dir(): pytest.skip(f"no Pascal VOC at {root}")
+    return root
 
 
 @pytest.fixture(scope="session")
@@ -22,9 +25,43 @@ def deit_file():
 
 @pytest.fixture(scope="session")
 def tiny():
+    "The bundled encoder; it is shared, so a test that changes weights takes a copy."
     from rasa_nb.encoders import load_encoder
     return load_encoder("tiny", device="cpu")
 
 
+@pytest.fixture(scope="session")
+def scenes():
+    "Forty images to learn from."
+    from rasa_nb.scenes import Scenes
+    return Scenes("train", 40)
+
+
+@pytest.fixture
+def image_folders(tmp_path, scenes):
+    "A folder with three scenes as files: `images/a/0.png`, `masks/a/0.png`, ..."
+    from PIL import Image
+    for name in ("images/a", "masks/a"): (tmp_path / name).mkdir(parents=True)
+    for i in range(3):
+        image, mask = scenes[i]
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"images/a/{i}.png")
+        Image.fromarray(mask.numpy()).save(tmp_path / f"masks/a/{i}.png")
+    return tmp_path
+
+
 @pytest.fixture(autouse=True)
 def one_seed(): torch.manual_seed(0)
+
+
+def encoder_of(tokens, embed_dim, patch_size=8, image_size=48, name="toy"):
+    "An encoder from a function of images [B, 3, H, W] in [0, 1] that gives tokens [B, gh, gw, embed_dim]."
+    from rasa_nb.patch_encoder import PatchEncoder
+    plain = dict(mean=(0., 0., 0.), std=(1., 1., 1.))
+    def grid(model, images): return tokens(images)
+    return PatchEncoder(torch.nn.Identity(), grid, embed_dim, patch_size, image_size, name=name, **plain)
+
+
+def color_encoder(patch_size=8, image_size=48, name="color"):
+    "The smallest encoder there is: the mean color of each patch."
+    pool = torch.nn.AvgPool2d(patch_size)
+    return encoder_of(lambda images: pool(images).permute(0, 2, 3, 1), 3, patch_size, image_size, name)

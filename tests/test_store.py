@@ -1,0 +1,319 @@
+"""What is kept: encoders told apart, files whole or not at all, tokens made once whatever befalls a folder."""
+import copy
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections import namedtuple
+from functools import partial
+
+import pytest
+import torch
+from conftest import color_encoder, encoder_of
+from safetensors import SafetensorError
+
+from rasa_nb import store
+from rasa_nb.data import Reading, Transformed
+from rasa_nb.encoders import load_encoder
+from rasa_nb.head import DebiasedEncoder, RASAHead
+from rasa_nb.rasa import PositionMean
+from rasa_nb.store import (SharedTokens, atomic, collect_tokens, encoder_hash, fingerprint, fitted_on,
+                           read_safetensors, token_store, write_safetensors)
+
+
+def random_head(random, d=192): return RASAHead(torch.randn(d, d, generator=random))
+def head(seed): return random_head(torch.Generator().manual_seed(seed))
+
+
+# Which encoder is this?
+
+def test_the_hash_is_the_one_that_heads_of_earlier_versions_carry(tiny):
+    random = torch.Generator().manual_seed(0)
+    projector, offset = torch.randn(192, 192, generator=random), torch.randn(12, 12, 192, generator=random)
+    one = DebiasedEncoder(tiny, RASAHead(projector, offset))
+    two = DebiasedEncoder(one, random_head(random))
+    assert encoder_hash(tiny) == "4ca3363731184f7f"
+    assert [encoder_hash(one), encoder_hash(two)] == ["5dc27e1a3ba0b045", "522395de5eb97b0d"]
+
+
+@pytest.mark.parametrize("change", [
+    lambda e: e.model.blocks[0].mlp.fc1.weight[0, 0].add_(1e-6),
+    lambda e: e.model.blocks[0].mlp.fc1.weight.data[0, 0].add_(1e-6),   # torch does not count this as writing
+    lambda e: e.model.blocks[0].mlp.fc1.weight.numpy().__setitem__((0, 0), 1),
+    lambda e: e.model.pos_embed.copy_(e.model.pos_embed.flip(1)),       # the same numbers in another order
+    lambda e: setattr(e, "std", e.std * 1.1),
+    lambda e: e.half()])
+def test_the_hash_is_kept_until_a_weight_changes(tiny, change):
+    twin = copy.deepcopy(tiny)
+    before = encoder_hash(twin)
+    assert before == encoder_hash(twin) == encoder_hash(tiny)
+    with torch.no_grad(): change(twin)
+    assert encoder_hash(twin) != before
+
+
+def test_weights_are_hashed_once(tiny, monkeypatch):
+    hashed, digest = [], store._digest
+    def noted(tensors):
+        hashed.append(len(tensors))
+        return digest(tensors)
+    monkeypatch.setattr(store, "_digest", noted)
+    twin = copy.deepcopy(tiny)
+    for encoder in (twin.at(2), twin, twin.at(3, norm=False)): encoder_hash(encoder)
+    assert len(hashed) == 1
+
+
+def test_weights_of_any_kind_are_hashed():
+    "Halves in odd numbers, flags, a slice at no multiple of eight bytes, weights loaded for inference only."
+    encoder = color_encoder()
+    with torch.inference_mode(): encoder.model.register_buffer("a", torch.ones(3).half())
+    encoder.model.register_buffer("b", torch.tensor([True, False]))
+    encoder.model.register_buffer("c", torch.arange(6.)[1:4])
+    encoder.model.register_buffer("d", torch.ones(()))
+    assert encoder_hash(encoder) == encoder_hash(copy.deepcopy(encoder))
+
+
+# What was computed with it?
+
+def variants(tiny):
+    "Encoders that all give other tokens."
+    moved = copy.deepcopy(tiny)
+    moved.model.pos_embed.data.add_(1e-3)
+    yield from (tiny, moved, tiny.at(2), tiny.at([2, -1]), tiny.at(norm=False))
+    yield from (DebiasedEncoder(tiny, head(1)), DebiasedEncoder(tiny, head(2)))
+    yield DebiasedEncoder(DebiasedEncoder(tiny, head(1)), head(2))
+    for options in (dict(dtype="bf16"), dict(resampling="bicubic"), dict(resampling="antialias")):
+        yield load_encoder("tiny", device="cpu", **options)
+
+
+def functions():
+    "Encoders that differ in the function that finds their tokens, though its name is the same."
+    color = color_encoder()
+    def scaled(by): return lambda images: color(images) * by
+    for tokens in (lambda images: color(images), lambda images: -color(images), scaled(2), scaled(3)):
+        yield encoder_of(tokens, 3)
+    for by in (torch.ones(3), 2 * torch.ones(3)): yield encoder_of(scaled(by), 3)
+    for value in (1., 2.): yield encoder_of(partial(torch.full_like, fill_value=value), 3)
+
+
+def test_encoders_that_give_other_tokens_have_other_fingerprints(tiny):
+    prints = [fingerprint(encoder) for encoder in (*variants(tiny), *functions())]
+    assert len(set(prints)) == len(prints)
+
+
+def test_the_same_encoder_has_the_same_fingerprint_whatever_it_is_called(tiny):
+    again = load_encoder("tiny", device="cpu")
+    for one, two in zip((*variants(tiny), *functions()), (*variants(again), *functions())):
+        assert fingerprint(one) == fingerprint(two) == fingerprint(copy.deepcopy(one))
+    again.name, again.license = "another", "unknown"
+    again(torch.rand(1, 3, 64, 48))
+    assert fingerprint(again) == fingerprint(tiny)
+    one, two = DebiasedEncoder(again, head(1), "other"), DebiasedEncoder(tiny, head(1))
+    assert fingerprint(one) == fingerprint(two)
+
+
+def test_a_fingerprint_is_the_same_in_another_process():
+    code = """
+from rasa_nb.patch_encoder import PatchEncoder
+from rasa_nb.store import fingerprint
+from torch import nn
+def tokens(model, images): return model(images).permute(0, 2, 3, 1) if "a" in {"a", "b", "c", "d"} else None
+found = fingerprint(PatchEncoder(nn.AvgPool2d(8), tokens, 3, 8))
+print(found)"""
+    here = {}
+    exec(code, here)
+    options = dict(env={**os.environ, "PYTHONHASHSEED": "7"}, capture_output=True, text=True)
+    there = subprocess.run([sys.executable, "-c", code], **options)
+    assert there.stdout.strip() == here["found"], there.stderr
+
+
+# Files
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_files_have_the_mode_that_the_umask_says(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        with atomic(tmp_path / "note.json") as part: part.write_text("{}")
+        write_safetensors(tmp_path / "a.safetensors", dict(x=torch.ones(1)), "demo.1", {})
+        SharedTokens(color_encoder(), tmp_path / "tokens")(torch.rand(1, 3, 8, 8))
+    finally: os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) == 3 and {path.stat().st_mode & 0o777 for path in files} == {mode}
+
+
+def test_a_folder_is_whole_or_not_there(tmp_path):
+    def write(fail):
+        with atomic(tmp_path / "new/run") as part:
+            part.mkdir()
+            (part / "a.txt").write_text("a")
+            if fail: raise ValueError("broken off")
+    with pytest.raises(ValueError, match="broken off"): write(fail=True)
+    assert not list((tmp_path / "new").iterdir())
+    write(fail=False)
+    assert [path.name for path in (tmp_path / "new").rglob("*")] == ["run", "a.txt"]
+    with pytest.raises(OSError): write(fail=False)   # it is there, and is left as it is
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    path = tmp_path / "a.safetensors"
+    write_safetensors(path, dict(x=torch.ones(100)), "demo.1", {})
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(ValueError, match="a.safetensors cannot be read as safetensors, is it whole"):
+        read_safetensors(path, "demo.1")
+
+
+# The tokens of a dataset
+
+@pytest.mark.parametrize("kind, digits", [("float32", 0), ("float16", 1e-3), ("memmap", 1e-3)])
+def test_a_store_holds_the_tokens_of_all_images_in_order(scenes, tmp_path, kind, digits):
+    encoder = color_encoder()
+    expected = torch.cat([tokens for tokens, _ in encoder.encode(scenes)])
+    stored = collect_tokens(encoder, scenes, Reading(batch_size=7), kind, tmp_path)
+    torch.testing.assert_close(stored.float(), expected, atol=digits, rtol=0)
+    assert not list(tmp_path.iterdir())   # the file of a memory map has no name
+
+
+def test_a_memory_map_that_does_not_fit_the_disk_is_refused_before_the_work(tmp_path, monkeypatch):
+    full_disk(monkeypatch, 10**6)
+    with pytest.raises(OSError, match="8.0 GB of tokens, and .* has 0.0 GB free: name another folder"):
+        token_store((1000, 40, 100, 1000), "memmap", tmp_path)
+
+
+def test_an_unknown_kind_of_store_is_refused():
+    with pytest.raises(ValueError, match="kind='float64': expected 'float32', 'float16' or 'memmap'"):
+        token_store((1, 2, 2, 3), "float64")
+
+
+# Tokens, made once
+
+def full_disk(monkeypatch, free):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: namedtuple("Usage", "free")(free))
+
+
+def counting(calls, wait=0.):
+    "The mean color of each patch, by an encoder that notes when it is asked."
+    color = color_encoder()
+    def tokens(images):
+        calls.append(len(images))
+        time.sleep(wait)
+        return color(images)
+    return encoder_of(tokens, 3)
+
+
+IMAGES = torch.rand(4, 3, 16, 24, generator=torch.Generator().manual_seed(3))
+
+
+def test_a_pass_that_was_broken_off_goes_on_where_it_was(tmp_path, scenes):
+    class Breaks(Transformed):
+        def __getitem__(self, i):
+            if i == 13 and not vars(self).get("broken"):
+                self.broken = True
+                raise KeyboardInterrupt
+            return super().__getitem__(i)
+    applied = Reading(48).apply(scenes.first(20))
+    data, calls = Breaks(applied.data, applied.transform), []
+    shared = SharedTokens(counting(calls), tmp_path)
+    with pytest.raises(KeyboardInterrupt): collect_tokens(shared, data, Reading(batch_size=4))
+    assert calls == [4, 4, 4]
+    tokens = collect_tokens(shared, data, Reading(batch_size=4))
+    assert calls == [4] * 5 and tokens.equal(collect_tokens(color_encoder(), applied))
+
+
+def test_encoders_of_one_name_keep_tokens_of_their_own(tmp_path, tiny):
+    images = torch.rand(1, 3, 16, 16)
+    for encoder in variants(tiny):
+        encoder = copy.copy(encoder)
+        encoder.name = "one"
+        for _ in range(2): assert SharedTokens(encoder, tmp_path)(images).equal(encoder(images))
+
+
+def test_tokens_that_were_found_can_be_written_to(tmp_path):
+    shared = SharedTokens(color_encoder(), tmp_path)
+    expected = shared(IMAGES).clone()
+    shared(IMAGES).zero_()
+    assert shared(IMAGES).equal(expected)
+
+
+def test_a_damaged_file_of_tokens_is_made_again(tmp_path):
+    calls = []
+    shared = SharedTokens(counting(calls), tmp_path)
+    expected = shared(IMAGES)
+    path, = tmp_path.iterdir()
+    for damage in (path.read_bytes()[:50], b"", b"x" * 200):
+        path.write_bytes(damage)
+        assert shared(IMAGES).equal(expected) and shared(IMAGES).equal(expected)
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize("when", ["before", "while encoding"])
+def test_a_folder_may_be_removed_at_any_time(tmp_path, when):
+    folder = tmp_path / "tokens"
+    def tokens(images):
+        if when == "while encoding": shutil.rmtree(folder)
+        return color_encoder()(images)
+    shared = SharedTokens(encoder_of(tokens, 3), folder)
+    for _ in range(2):
+        assert shared(IMAGES).equal(color_encoder()(IMAGES))
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_on_a_full_disk_nothing_is_kept_and_the_work_goes_on(tmp_path, monkeypatch):
+    def no_space(*args): raise SafetensorError("No space left on device")
+    shared = SharedTokens(color_encoder(), tmp_path)
+    full_disk(monkeypatch, 2**29)
+    with pytest.warns(UserWarning, match="tokens are not kept in .*0.5 GB are free"): shared(IMAGES)
+    full_disk(monkeypatch, 2**40)
+    monkeypatch.setattr(store, "save_file", no_space)
+    with pytest.warns(UserWarning, match="tokens are not kept in .*No space left"): tokens = shared(IMAGES)
+    assert tokens.equal(color_encoder()(IMAGES)) and not list(tmp_path.iterdir())
+
+
+def test_where_there_can_be_no_folder_the_work_goes_on(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    shared = SharedTokens(color_encoder(), tmp_path / "file")
+    with pytest.warns(UserWarning, match="tokens are not kept"): tokens = shared(IMAGES)
+    assert tokens.equal(color_encoder()(IMAGES))
+
+
+def test_of_many_that_want_a_batch_one_encodes_it(tmp_path):
+    calls, seen = [], []
+    encoder = counting(calls, wait=.2)
+    def work(): seen.append(SharedTokens(encoder, tmp_path)(IMAGES))
+    threads = [threading.Thread(target=work) for _ in range(5)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join(30)
+    assert len(calls) == 1 and len(seen) == 5 and all(tokens.equal(seen[0]) for tokens in seen)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]   # no lock is left
+
+
+def test_one_that_is_killed_at_work_holds_nobody_up(tmp_path):
+    started = tmp_path / "started"
+    parent = os.getpid()
+    def tokens(images):
+        if os.getpid() != parent:
+            started.write_text("")
+            time.sleep(60)
+        return color_encoder()(images)
+    shared = SharedTokens(encoder_of(tokens, 3), tmp_path / "tokens")
+    process = multiprocessing.get_context("fork").Process(target=shared, args=(IMAGES,), daemon=True)
+    process.start()
+    until = time.monotonic() + 20
+    while not started.exists() and time.monotonic() < until: time.sleep(.01)
+    assert started.exists()
+    process.kill()
+    begun = time.monotonic()
+    assert shared(IMAGES).equal(color_encoder()(IMAGES)) and time.monotonic() - begun < 10
+
+
+def test_a_head_fitted_through_shared_tokens_belongs_to_the_plain_encoder(tmp_path, tiny, scenes):
+    shared = SharedTokens(tiny, tmp_path)
+    through, plain = (PositionMean("all").fit(encoder, scenes.first(20), 48).head_ for encoder in (shared, tiny))
+    assert through.offset.equal(plain.offset) and through.metadata == plain.metadata
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        debiased, also = DebiasedEncoder(tiny, through), DebiasedEncoder(shared, plain)
+    for one, two in ((debiased, also), (shared.at(2), tiny.at(2))):
+        assert fitted_on(one) == fitted_on(two) and fingerprint(one) == fingerprint(two)
