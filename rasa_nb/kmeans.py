@@ -68,7 +68,7 @@ class UpsampledMoments(Moments):
         "Covariance of the upsampled tokens [D, D]."
         return self.second / (self.count * self.pixels) - torch.outer(self.mean, self.mean)
 
-# %% ../nbs/02f_kmeans.ipynb #2c5dcfda
+# %% ../nbs/02f_kmeans.ipynb #1d749297
 def new_moments(
     grid_size,        # (gh, gw) of the native tokens
     embed_dim:int,    # D
@@ -93,7 +93,7 @@ def whitened_pca(
     sign = vectors.gather(0, largest).sign()
     return moments.mean, scale[:, None] * vectors * sign
 
-# %% ../nbs/02f_kmeans.ipynb #f116fa40
+# %% ../nbs/02f_kmeans.ipynb #634c1c1f
 def images_per_chunk(
     numbers:int,    # float32 numbers that one image takes
 ) -> int:
@@ -119,7 +119,7 @@ def reduce_tokens(
         reduced[start:start + step] = ((some - mean) @ projection).cpu()
     return reduced
 
-# %% ../nbs/02f_kmeans.ipynb #caf9d8a8
+# %% ../nbs/02f_kmeans.ipynb #bb23a2e5
 def cells_around(
     size:int,     # pixels
     cells:int,    # that lie along them
@@ -169,7 +169,7 @@ def _sklearn_centers(points, k, protocol, seed):
     model = KMeans(k, init="random", random_state=seed, **rounds).fit(points.numpy())
     return torch.from_numpy(model.cluster_centers_).to(points)
 
-# %% ../nbs/02f_kmeans.ipynb #a92a4119
+# %% ../nbs/02f_kmeans.ipynb #083024e1
 def _faiss_centers(points, k, protocol, seed):
     try: import faiss
     except ImportError as e:
