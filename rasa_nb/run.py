@@ -144,7 +144,7 @@ def check_names(
     "Raises `ValueError` for a name that is no parameter, with the nearest one that is."
     known = [f.name for f in fields(Config)]
     for name in sorted(set(given) - set(known)):
-        if name in _gone: raise ValueError(f"{name} is no parameter any more, see `method`: {_gone[name]}")
+        if name in _gone: raise ValueError(f"{name} is no parameter any more: {_gone[name]}")
         near = difflib.get_close_matches(name, known, 1)
         meant = f", did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"unknown parameter {name!r}{meant} Known: {', '.join(known)}")
@@ -166,6 +166,14 @@ def run_folder(
 # %% ../nbs/02o_run.ipynb #c017
 class Stages(dict):
     "Seconds, and images per second, of each stage by its name."
+    def __init__(self,
+        quiet=False,    # say no lines
+    ):
+        self.quiet = quiet
+
+    def say(self, text):
+        if not self.quiet: print(text, flush=True)
+
     @contextmanager
     def __call__(self, name, images=None):
         start = time.perf_counter()
@@ -174,7 +182,7 @@ class Stages(dict):
         speed = round(images / seconds, 1) if images else None
         self[name] = dict(seconds=round(seconds, 3), images_per_second=speed)
         count = f", {images} images, {speed:.0f} images/s" if images else ""
-        print(f"{name}: {seconds:.1f} s{count}", flush=True)
+        self.say(f"{name}: {seconds:.1f} s{count}")
 
 # %% ../nbs/02o_run.ipynb #c0d3
 def open_data(
@@ -200,24 +208,35 @@ class Fitted:
 
     @property
     def encoders(self): return {"before": self.encoder, "after": self.debiased}
-    def __repr__(self): return f"position R²\n{self.r2.table.round(3)}"
-    def _repr_html_(self): return _in_a_sentence(self.r2.mean) + self.r2._repr_html_()
 
-def _in_a_sentence(r2):
-    return (f"<p>A linear probe reads <b>{r2['before']:.0%}</b> of a patch's position off its token before, "
-            f"<b>{max(0, r2['after']):.0%}</b> after.</p>")
+    @property
+    def title(self):
+        return f"{self.config.model}, {self.config.method}, on {self.data.name} ({len(self.data)} images)"
+
+    def __repr__(self): return f"{self.title}\n{self.table.to_string()}"
+    def _repr_html_(self): return f"<p>{self.title}</p>{self.table.to_html(border=0)}"
+
+@patch(as_prop=True)
+def table(self:Fitted):
+    "Position R² before and after, the mean of row and column."
+    import pandas as pd
+    before, after = self.r2.mean["before"], self.r2.mean["after"]
+    row = dict(before=f"{before:.2f}", after=f"{after:.2f}", change=f"{after - before:+.2f}")
+    return pd.DataFrame([row], ["position R²"])
 
 # %% ../nbs/02o_run.ipynb #c0e1
 def fit_run(
     config,           # a `Config`
-    progress=True,    # show bars
+    progress=True,    # show bars, and say a line per stage
 ) -> Fitted:
     "Returns what was learned, with its position R². Under torchrun all processes fit, the first returns it."
     from rasa_nb.moments import this_process
     from rasa_nb.patch_encoder import check_image_size
     from rasa_nb.store import SharedTokens
-    stages, reading = Stages(), config.reading(progress)
+    rank, _ = this_process()
     run_folder(config)
+    progress = progress and rank == 0
+    stages, reading = Stages(quiet=not progress), config.reading(progress)
     with stages("load"):
         encoder = rasa_nb.load_encoder(config.model, config.checkpoint or None, config.device or None)
     check_image_size(config.pixels, encoder.patch_size)
@@ -225,11 +244,11 @@ def fit_run(
     learn, score = open_data(config)
     resume = dict(moments_file=config.moments_file) if config.moments_file else {}
     with stages("fit", len(learn)): remover = config.remover.fit(encoder, learn, reading, **resume)
-    if this_process()[0]: return None
+    if rank: return None
     encoders = {"before": encoder, "after": remover.attach(encoder)}
     with stages("position R²", len(score)): r2 = rasa_nb.position_r2(encoders, score, reading)
     fitted = Fitted(config, encoder, encoders["after"], score, r2, stages)
-    print(fitted, flush=True)
+    stages.say(fitted)
     return fitted
 
 # %% ../nbs/02o_run.ipynb #c0f1
@@ -239,20 +258,30 @@ class Run(Fitted):
     result: object     # `OverclusterResult`: mIoU before and after
     picture: object    # similarity maps before and after
 
-    def __repr__(self): return f"mIoU (%)\n{self.result.table.round(1)}\n\n{super().__repr__()}"
-    def _repr_html_(self): return self.result._repr_html_() + self.r2._repr_html_()
+@patch(as_prop=True)
+def table(self:Run):
+    "Position R², and the mIoU (%) of each k, mean ± std over seeds: before, after, change [95 %]."
+    import pandas as pd
+    scores, rows = self.result.table, {}
+    for c in self.result.change.itertuples():
+        mean, std = (scores[c.k][name] for name in ("mean", "std"))
+        row = {name: f"{mean[name]:.1f} ± {std[name]:.1f}" for name in self.encoders}
+        interval = f" [{c.low:+.1f}, {c.high:+.1f}]" if c.seeds > 1 else ""
+        rows[f"mIoU, {c.k} clusters"] = row | dict(change=f"{c.mean:+.1f}{interval}")
+    first = Fitted.table.fget(self)
+    return pd.concat([first, pd.DataFrame.from_dict(rows, orient="index")])
 
 # %% ../nbs/02o_run.ipynb #c0f3
 def score_run(
     fitted,           # of `fit_run`
-    progress=True,    # show bars
+    progress=True,    # show bars, and say a line per stage
 ) -> Run:
     "Returns the run with its scores and its figure."
     with fitted.stages("overcluster", len(fitted.data)): result = _overcluster(fitted, progress)
     image = fitted.data[0][0]
     picture = rasa_nb.similarity_maps(image, fitted.encoders, _four_points(image), fitted.config.pixels)
     run = Run(**vars(fitted), result=result, picture=picture)
-    print(run, flush=True)
+    fitted.stages.say(run)
     return run
 
 def _overcluster(fitted, progress):
@@ -277,7 +306,7 @@ def _four_points(image):
 # %% ../nbs/02o_run.ipynb #c019
 def train(
     config,           # a `Config`
-    progress=True,    # show bars
+    progress=True,    # show bars, and say a line per stage
 ) -> Run:
     "Returns a whole run. Under torchrun all processes fit, and the first returns it."
     fitted = fit_run(config, progress)
@@ -343,6 +372,7 @@ def add_options(
     parser,        # an `ArgumentParser`
     of,            # a function or dataclass with comments on its parameters
     names=None,    # the parameters to add; None: all
+    **more,        # of `add_argument`, e.g. nargs="+"
 ) -> None:
     "Adds an option for each parameter, with the type, the default and the comment that it has in the source."
     for name, told in docments(of, full=True, returns=False).items():
@@ -350,19 +380,21 @@ def add_options(
         kind = dict(action=BooleanOptionalAction) if told.anno is bool else dict(type=told.anno)
         spelled = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
         text = f"{told.docment}; default: {told.default!r}".replace("%", "%%")
-        parser.add_argument(*spelled, default=told.default, help=text, metavar=name.upper(), **kind)
+        default = [told.default] if "nargs" in more else told.default
+        parser.add_argument(*spelled, default=default, help=text, metavar=name.upper(), **kind, **more)
 
 # %% ../nbs/02o_run.ipynb #c0i3
 def read_options(
     parser,         # an `ArgumentParser`
     argv=None,      # words of the command; None: this process's own
+    hint="",        # said where an option is not understood
 ) -> dict:
     "Returns the options given; ends the process with a message if one is unknown."
     given, rest = parser.parse_known_args(argv)
     unknown = [word[2:].split("=")[0].replace("-", "_") for word in rest if word.startswith("--")]
     try: check_names(unknown)
     except ValueError as e: parser.error(str(e))
-    if rest: parser.error(f"not understood: {' '.join(rest)}")
+    if rest: parser.error(f"not understood: {' '.join(rest)}{hint}")
     return vars(given)
 
 # %% ../nbs/02o_run.ipynb #c0i5
@@ -391,7 +423,7 @@ def main(argv=None):
         run_folder(config)
     except (ValueError, OSError) as e: parser.error(str(e))
     with process_group():
-        run = train(config, progress=sys.stdout.isatty())
+        run = train(config)
         if run: print(f"\n{list_files(save_run(run))}")
 
 if __name__ == "__main__" and "__file__" in globals():   # in a notebook there is no __file__
