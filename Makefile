@@ -12,9 +12,8 @@ $(VENV)/.stamp: settings.ini setup.py
 	$(BIN)/pip install -q --disable-pip-version-check -e '.[dev]'
 	touch $@
 
-run: $(VENV)/.stamp            ## the main job: encoder -> position removed -> scores, figure and files in runs/
-	mkdir -p $(RUNS)
-	$(BIN)/papermill nbs/03_train.ipynb $(RUNS)/03_train.$(MODEL).ipynb -p model $(MODEL) --no-progress-bar --log-output
+run: $(VENV)/.stamp            ## the main job: encoder -> position removed -> table, and head, scores, figure, page in runs/
+	@$(BIN)/python scripts/run.py $(MODEL) $(RUNS)
 
 # One thread per worker: two workers with two threads each would fight for two cores.
 test: export OMP_NUM_THREADS = 1

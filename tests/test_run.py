@@ -1,108 +1,175 @@
-"""The run as its user starts it: by papermill, with good and with bad parameters."""
+"""The run as its user starts it: by papermill, by command, and in Python; with good and with bad parameters."""
+import ast
 import json
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import nbformat
 import papermill as pm
 import pytest
 import torch
+from fastcore.docments import docments
 from papermill.exceptions import PapermillExecutionError
 
-from rasa_nb.data import Scenes
-from rasa_nb.encoders import load_encoder
-from rasa_nb.rasa import RASA
-from rasa_nb.run import Config, run_folder, save_run, train
+from rasa_nb import RASA, Scenes, load_encoder, position_r2
+from rasa_nb.run import METHODS, Config, fit_run, list_files, main, run_folder, save_run, train
 
 notebook = Path(__file__).parent.parent / "nbs" / "03_train.ipynb"
 small = dict(n_images=30, k="12,20", seeds=2)
 
 
-def papermill(tmp_path, **parameters):
-    return pm.execute_notebook(notebook, tmp_path / "out.ipynb", {"out_dir": str(tmp_path / "runs"), **small, **parameters}, progress_bar=False)
+def papermill(folder, **parameters):
+    "The executed page, made in another folder than the repository."
+    parameters = small | dict(out_dir="runs") | parameters
+    return pm.execute_notebook(notebook, folder / "out.ipynb", parameters, progress_bar=False, cwd=folder)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    "One run by papermill: (its folder, its record, the executed notebook)."
-    tmp = tmp_path_factory.mktemp("run")
-    nb = papermill(tmp, run_name="one", seed=3)
-    return tmp / "runs" / "one", json.loads((tmp / "runs" / "one" / "run.json").read_text()), nb
+    "One run by papermill: (its folder, its record, the executed page)."
+    folder = tmp_path_factory.mktemp("run")
+    page = papermill(folder, run_name="one", seed=3)
+    record = json.loads((folder / "runs" / "one" / "run.json").read_text())
+    return folder / "runs" / "one", record, page
 
 
-def test_a_run_leaves_three_files(finished):
+def outputs(page, kind):
+    "All outputs of one kind, in order."
+    every = [output for cell in page.cells for output in cell.get("outputs", [])]
+    return [output["data"][kind] for output in every if kind in output.get("data", {})]
+
+
+def test_a_run_leaves_three_files_and_nothing_else(finished):
     folder, _, _ = finished
-    assert sorted(p.name for p in folder.iterdir()) == ["figure.png", "head.safetensors", "run.json"]
-    assert [p.name for p in folder.parent.iterdir()] == ["one"]
+    assert sorted(path.name for path in folder.iterdir()) == ["figure.png", "head.safetensors", "run.json"]
+    assert [path.name for path in folder.parent.iterdir()] == ["one"]
 
 
 def test_the_record_holds_what_a_reader_needs(finished):
     _, record, _ = finished
-    assert record["parameters"]["seed"] == 3 and record["protocol"]["name"] == "leopart" and record["protocol"]["image_size"] == 96
+    assert record["format"] == "rasa_nb.run.1" and record["data"]["images"] == 30
+    assert record["parameters"]["seed"] == 3 and record["parameters"]["method"] == "rasa"
+    assert record["protocol"]["name"] == "leopart" and record["protocol"]["image_size"] == 96
     assert set(record["miou"]) == {"before", "after"} and set(record["miou"]["after"]) == {"12", "20"}
     for scores in record["miou"].values():
-        for s in scores.values(): assert len(s["per_seed"]) == 2 and abs(sum(s["per_seed"]) / 2 - s["mean"]) < 1e-9 and s["std"] >= 0
-    assert {"row", "col", "mean"} <= set(record["position_r2"]) and set(record["position_r2"]["mean"]) == {"before", "after"}
-    assert all(v["seconds"] >= 0 for v in record["stages"].values()) and record["stages"]["fit"]["images_per_second"] > 0
-    assert record["peak_memory_mb"] > 50 and record["versions"]["torch"] and record["data"]["images"] == 30
+        for one in scores.values():
+            assert len(one["per_seed"]) == 2 and abs(sum(one["per_seed"]) / 2 - one["mean"]) < 1e-9
+    assert {"row", "col", "mean"} <= set(record["position_r2"])
+    assert record["stages"]["fit"]["images_per_second"] > 0 and record["peak_memory_mb"] > 50
 
 
 def test_the_saved_head_gives_the_run_s_tokens_again(finished, tiny):
     folder, record, _ = finished
-    from rasa_nb.measures import position_r2
-    from rasa_nb.data import Scenes
     rasa = RASA.load(folder / "head.safetensors")
     r2 = position_r2({"before": tiny, "after": rasa.attach(tiny)}, Scenes("val").first(30))
     for name in ("before", "after"): assert abs(r2.mean[name] - record["position_r2"]["mean"][name]) < 1e-4
 
 
-def test_the_notebook_shows_table_and_figure(finished):
-    _, _, nb = finished
-    outputs = [o for c in nb.cells if c.cell_type == "code" for o in c.outputs]
-    html = [o["data"]["text/html"] for o in outputs if "text/html" in o.get("data", {})]
-    assert any("K=20" in h and "±" in h and "Position R²" in h for h in html)
-    assert any("image/png" in o.get("data", {}) for o in outputs)
+def test_the_page_shows_position_first_then_scores_pictures_and_files(finished):
+    _, record, page = finished
+    first, whole, *_ = outputs(page, "text/html")
+    before = f"{record['position_r2']['mean']['before']:.2f}"
+    assert before in first and "mIoU" not in first
+    assert before in whole and f"{record['miou']['after']['20']['mean']:.1f} ± " in whole
+    assert len(outputs(page, "image/png")) == 2
+    last = "".join(output.text for output in page.cells[-1].outputs)
+    assert last == list_files(Path("runs/one")) + "\n"
 
 
-def test_an_existing_run_is_left_as_it_is(finished, tmp_path):
+def test_the_page_says_nothing_else(finished):
+    "No bars, no lines of stages, no warnings: those are seen while it is made, and gone when it is done."
+    _, _, page = finished
+    streams = [o for cell in page.cells[:-1] for o in cell.get("outputs", []) if o.output_type == "stream"]
+    assert streams == []
+
+
+def test_an_existing_run_is_left_as_it_is(finished):
     folder, _, _ = finished
     before = (folder / "run.json").read_bytes()
-    with pytest.raises(FileExistsError, match="exists and is left as it is"): train(Config(out_dir=str(folder.parent), run_name="one", **small))
+    with pytest.raises(FileExistsError): fit_run(Config(out_dir=str(folder.parent), run_name="one", **small))
     assert (folder / "run.json").read_bytes() == before
+
+
+def test_the_page_and_the_config_agree():
+    "Names, defaults and comments of the parameters cell are those of `Config`, in its order."
+    cell, = (c for c in nbformat.read(notebook, 4).cells if "parameters" in c.metadata.get("tags", []))
+    lines = [line.split("#", 1) for line in cell.source.splitlines()]
+    said = [(*code.split(" = "), comment.strip()) for code, comment in lines]
+    told = docments(Config, full=True, returns=False)
+    assert [(name, ast.literal_eval(value), comment) for name, value, comment in said] \
+        == [(name, about.default, about.docment) for name, about in told.items()]
 
 
 @pytest.mark.parametrize("parameters, message", [
     (dict(modle="vits"), "unknown parameter 'modle', did you mean 'model'"),
-    (dict(model="vit_smal"), "unknown model 'vit_smal'; nearest: "),
-    (dict(image_size=100), "nearest to 100: 96 or 104"),
-])
-def test_bad_parameters_by_papermill(tmp_path, parameters, message):
+    (dict(solver="closed_form"), "'rasa' \\(was solver closed_form"),
+    (dict(image_size=100), "nearest to 100: 96 or 104")])
+def test_bad_parameters_by_papermill_are_refused_before_the_work(tmp_path, parameters, message):
     with pytest.raises(PapermillExecutionError, match=message): papermill(tmp_path, **parameters)
     assert not list(tmp_path.glob("runs/*"))
 
 
 @pytest.mark.parametrize("parameters, message", [
-    (dict(model=3), "model=3: expected text"), (dict(seeds=True), "seeds=True: expected a whole number"), (dict(download="no"), "expected True or False"),
-    (dict(n_images=-1), "n_images=-1: expected at least 0"), (dict(k=5), "k=5: expected at least 12"), (dict(k=[]), "expected a number"),
-    (dict(data="coco"), "data='coco': expected one of 'auto', 'scenes', 'voc'"), (dict(solver="magic"), "solver='magic'"),
-    (dict(checkpoint="/no/file"), "checkpoint='/no/file': no such file"), (dict(run_name="a/b"), "expected a plain folder name"),
+    (dict(model=3), "model=3: expected text"),
+    (dict(seeds=True), "seeds=True: expected a whole number"),
+    (dict(download="no"), "expected True or False"),
+    (dict(n_images=-1), "n_images=-1: expected at least 0"),
+    (dict(batch_size=0), "batch_size=0: expected at least 1"),
+    (dict(k=5), "k=5: expected at least 12"),
+    (dict(k=[]), "expected a number"),
+    (dict(k="many"), "k='many': expected a number"),
+    (dict(data="coco"), "data='coco': expected one of 'auto', 'scenes', 'voc'"),
+    (dict(method="magic"), "method='magic': expected one of 'rasa'"),
+    (dict(method="closed_form"), "'closed_form' is now 'rasa'"),
+    (dict(checkpoint="/no/file"), "checkpoint='/no/file': no such file"),
+    (dict(run_name="a/b"), "expected a plain folder name"),
+    (dict(method="paper", moments_file="sums"), "method='paper' does not learn from sums .*rasa, position_mean"),
 ])
 def test_bad_parameters(parameters, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message): Config(**parameters)
 
 
+@pytest.mark.parametrize("name", ["targets", "n_iter", "solver"])
+def test_parameters_that_are_gone_name_what_took_their_place(name, capsys):
+    with pytest.raises(SystemExit): main([f"--{name}", "1"])
+    said = capsys.readouterr().err
+    assert f"{name} is no parameter any more" in said and "method" in said.split("any more")[1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_made_with_the_run_s_seed(method):
+    remover = Config(method=method, seed=2).remover
+    assert remover.random_state == 2 and remover.needs in ("moments", "tokens", "images")
+
+
 def test_each_default_name_is_new(tmp_path):
     config = Config(out_dir=str(tmp_path))
     names = []
-    for _ in range(3): names.append(run_folder(config).name); run_folder(config).mkdir()
-    assert names == ["tiny-scenes-closed_form", "tiny-scenes-closed_form-2", "tiny-scenes-closed_form-3"]
+    for _ in range(3):
+        names.append(run_folder(config).name)
+        run_folder(config).mkdir()
+    assert names == ["tiny-scenes-rasa", "tiny-scenes-rasa-2", "tiny-scenes-rasa-3"]
 
 
 def test_nothing_is_left_when_saving_fails(tmp_path, monkeypatch):
-    config = Config(n_images=16, k=12, seeds=1, out_dir=str(tmp_path), run_name="broken")
-    run = train(config, progress=False)
+    run = train(Config(n_images=16, k=12, seeds=1, out_dir=str(tmp_path), run_name="broken"), progress=False)
     monkeypatch.setattr("rasa_nb.run.run_record", lambda run: 1 / 0)
     with pytest.raises(ZeroDivisionError): save_run(run)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_runs_that_share_a_cache_give_the_numbers_of_runs_that_do_not(tmp_path):
+    "The second finds the tokens of the first, and its scores from before."
+    least = dict(n_images=16, k=12, seeds=1, method="position_mean")
+    alone = train(Config(**least), progress=False)
+    for _ in range(2):
+        shared = train(Config(cache_dir=str(tmp_path), **least), progress=False)
+        assert shared.result.frame.miou.tolist() == alone.result.frame.miou.tolist()
+        assert shared.r2.mean == alone.r2.mean
+    assert len(list((tmp_path / "tokens").glob("*.npy"))) == 3   # images to learn from, probe, and cluster
 
 
 def test_missing_weights_are_told_within_seconds(tmp_path, monkeypatch):
@@ -112,41 +179,64 @@ def test_missing_weights_are_told_within_seconds(tmp_path, monkeypatch):
     start = time.perf_counter()
     with pytest.raises(ConnectionError) as e: train(Config(model="vits", out_dir=str(tmp_path)))
     assert time.perf_counter() - start < 5
-    for part in ("'vits'", "vit_small_patch16_dinov3_qkvb", "dinov3-license", "-p checkpoint FILE", "-p model tiny"): assert part in str(e.value)
+    wanted = "'vits'", "vit_small_patch16_dinov3_qkvb", "dinov3-license"
+    for part in (*wanted, "-p checkpoint FILE", "-p model tiny"): assert part in str(e.value)
 
 
 def test_missing_data_says_where_and_how(tmp_path, deit_file):
-    config = Config(model="deit_tiny_patch16_224", checkpoint=str(deit_file), data_dir=str(tmp_path), download=False, out_dir=str(tmp_path / "runs"))
+    config = Config(model="deit_tiny_patch16_224", checkpoint=str(deit_file), data_dir=str(tmp_path),
+                    download=False, out_dir=str(tmp_path / "runs"))
     with pytest.raises(FileNotFoundError, match="no Pascal VOC at .*download=True"): train(config)
     assert not (tmp_path / "runs").exists()
 
 
 def test_real_weights_on_real_photographs(tmp_path, deit_file, voc_root):
-    config = Config(model="deit_tiny_patch16_224", checkpoint=str(deit_file), data_dir=str(voc_root), n_images=60, image_size=224, k=21, seeds=1, out_dir=str(tmp_path))
+    config = Config(model="deit_tiny_patch16_224", checkpoint=str(deit_file), data_dir=str(voc_root), n_images=60,
+                    image_size=224, k=21, seeds=1, out_dir=str(tmp_path))
     run = train(config, progress=False)
     assert run.result.protocol.image_size == 224 and set(run.result.absent) >= {"train"}
     assert run.r2.mean["before"] > run.r2.mean["after"]
 
 
 def test_an_interrupted_fit_goes_on_from_its_sums(tmp_path, monkeypatch):
-    "The second run encodes only the images that the first had not come to, and learns what an uninterrupted one does."
-    config, seen = Config(out_dir=str(tmp_path / "runs"), moments_file=str(tmp_path / "sums"), n_images=80, k=12, seeds=1), []
+    "The second run encodes only images that the first had not come to, and learns what one without a break does."
+    seen, fitted = [], RASA().fit(load_encoder("tiny"), Scenes("train").first(80))
+
     def stopping(*args):
-        encoder = load_encoder("tiny"); own = encoder.forward
+        encoder = load_encoder("tiny")
+        own = encoder.forward
+
         def forward(images):
             seen.append(len(images))
             if len(seen) == 2: raise KeyboardInterrupt
             return own(images)
         encoder.forward = forward
         return encoder
-    monkeypatch.setattr("rasa_nb.run.load_encoder", stopping)
-    with pytest.raises(KeyboardInterrupt): train(config, progress=False)
-    run = train(config, progress=False)
+    monkeypatch.setattr("rasa_nb.load_encoder", stopping, raising=False)
+    config = Config(out_dir=str(tmp_path / "runs"), moments_file=str(tmp_path / "sums"), n_images=80)
+    with pytest.raises(KeyboardInterrupt): fit_run(config, progress=False)
+    after = fit_run(config, progress=False)
     assert seen[:4] == [32, 32, 32, 16]
-    assert torch.allclose(run.debiased.head.projector, RASA().fit(load_encoder("tiny"), Scenes("train", size=96).first(80)).projector_, atol=1e-5)
-    with pytest.raises(ValueError, match="solver='sgd' learns from no sums"): Config(solver="sgd", moments_file="sums")
+    assert torch.allclose(after.debiased.head.projector, fitted.projector_, atol=1e-5)
 
 
-def test_every_parameter_of_a_solver_reaches_it():
-    assert Config(solver="sgd", n_iter=3, seed=2).remover.get_params()["n_iter"] == 3 and Config(solver="sgd", seed=2).remover.random_state == 2
-    assert Config(targets="grid").remover.targets == "grid" and Config(solver="auto", seed=1).remover.random_state == 1
+def test_the_command_makes_the_same_run(tmp_path, capsys, monkeypatch):
+    "Its last lines are the table and where the three files are."
+    monkeypatch.chdir(tmp_path)
+    main("--n-images 16 --k 12 --seeds 1 --method position_mean --run_name one".split())
+    said = capsys.readouterr().out
+    run = train(Config(n_images=16, k=12, seeds=1, method="position_mean"), progress=False)
+    assert said.endswith(f"{run}\n\n{list_files(Path('runs/one'))}\n")
+    assert all((tmp_path / line.split("  ")[0]).is_file() for line in said.splitlines()[-3:])
+
+
+def test_the_help_is_there_before_torch_is(tmp_path):
+    "And explains every parameter in the words of the source."
+    code = "import sys; from rasa_nb.{0} import main\ntry: main(['--help'])\nfinally: assert 'torch' not in sys.modules"
+    for name in ("run", "sweep"):
+        environment = os.environ | dict(COLUMNS="300", PYTHONPATH=str(notebook.parent.parent))
+        done = subprocess.run([sys.executable, "-c", code.format(name)], cwd=tmp_path, env=environment,
+                              capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        for parameter, text in docments(Config, returns=False).items():
+            if name == "run" or parameter in ("model", "method", "k", "seed"): assert text in done.stdout

@@ -1,200 +1,203 @@
-"""Sweeps on `tiny`, with the least a run can do: what is finished, killed, broken or claimed by another process."""
+"""Sweeps: what is finished, killed, broken, or taken by another process; with a page that only pretends."""
 import json
 import multiprocessing
 import os
-import shutil
 import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
 
-import psutil
+import nbformat
 import pytest
+from nbformat.v4 import new_code_cell, new_notebook
 
-from rasa_nb import sweep as module
-from rasa_nb.report import Report
-from rasa_nb.store import Claim
-from rasa_nb.sweep import BUSY, find_notebook, main, plan, run_one, sweep
+from rasa_nb.report import read_runs
+from rasa_nb.sweep import finished, main, make_run, one_gpu, plan, sweep
 
-quick = dict(n_images=[16], k=["12"], seeds=[2], n_iter=[1])
-six = dict(model=["tiny"], solver=["closed_form", "sgd"], seed=[0, 1, 2], **quick)
+pretended = """
+import json, os, pathlib, time
+folder = pathlib.Path(out_dir, run_name)
+with open(f"{out_dir}/made", "a") as f: f.write(f"{run_name} {os.environ.get('OMP_NUM_THREADS')}\\n")
+if n_images == 7: os.kill(os.getpid(), 9)
+if n_images == 8: raise ValueError("8 does not work")
+time.sleep(n_images / 10)
+folder.with_name(f".{run_name}").mkdir()
+text = json.dumps(dict(parameters=dict(seed=seed, method=method, n_images=n_images)))
+folder.with_name(f".{run_name}").joinpath("run.json").write_text(text)
+folder.with_name(f".{run_name}").rename(folder)
+"""
+six = dict(method=["rasa", "position_mean"], seed=[0, 1, 2])
 
 
 def silent(line): pass
 
 
-def worker_of(folder):
-    "The run, and the process that makes it, that has fitted and not finished while two others are there."
-    while True:
-        done = [p.parent.name for p in folder.glob("*/run.json")]
-        for claim in (folder / ".sweep").glob("*.claim.*"):
-            name = claim.name.split(".claim")[0]
-            try:
-                if len(done) >= 2 and name not in done and "fit:" in (folder / ".sweep" / f"{name}.log").read_text(): return name, json.loads(claim.read_text())["pid"]
-            except (OSError, ValueError): pass
-        time.sleep(.01)
+def made(folder): return [line.split()[0] for line in (folder / "made").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
-def resumed(tmp_path_factory):
-    "Two solvers x three seeds; the third run is killed, and the sweep started again: (folder, lines of the first, first result, second result, times of the first)."
-    import threading
-    folder, lines, killed = tmp_path_factory.mktemp("sweep") / "runs", [], []
-
-    def kill():
-        name, pid = worker_of(folder)
-        os.kill(pid, signal.SIGKILL); killed.append(name)
-
-    killer = threading.Thread(target=kill); killer.start()
-    first = sweep(six, folder, jobs=1, notebook="none", say=lines.append)
-    killer.join()
-    times = {p.parent.name: p.stat().st_mtime_ns for p in folder.glob("*/run.json")}
-    leftovers = sorted(p.name for p in folder.iterdir())
-    second = sweep(six, folder, jobs=1, notebook="none", say=silent)
-    return folder, lines, first, second, times, leftovers, killed[0]
+def page(tmp_path_factory):
+    "A page that takes the parameters of a run and writes its record, after `n_images` tenths of a second."
+    path = tmp_path_factory.mktemp("page") / "page.ipynb"
+    kernel = dict(name="python3", display_name="python3", language="python")
+    first = new_code_cell("seed = n_images = 0; method = 'rasa'", metadata=dict(tags=["parameters"]))
+    notebook = new_notebook(cells=[first, new_code_cell(pretended)], metadata=dict(kernelspec=kernel))
+    nbformat.write(notebook, path)
+    return str(path)
 
 
-def test_a_killed_run_fails_alone_and_looks_unfinished(resumed):
-    _, lines, first, _, times, leftovers, killed = resumed
-    assert list(first.failed) == [killed] and "killed by signal 9" in first.failed[killed]
-    assert len(times) == 5 and killed not in leftovers
-    assert set(leftovers) == {".shared", ".sweep", *times}
-    assert len([line for line in lines if line.startswith("[")]) == 6   # one line a run
+def in_a_process(*args, **kwargs):
+    "A sweep in a process of its own, as another command would start it."
+    process = multiprocessing.get_context("fork").Process(target=sweep, args=args, kwargs=kwargs)
+    process.start()
+    return process
 
 
-def test_the_second_start_makes_the_rest_only(resumed):
-    folder, _, _, second, times, _, killed = resumed
-    assert second.ok and second.table.outcome.to_dict() == {n: "finished before" for n in times} | {killed: "finished"}
-    assert {p.parent.name: p.stat().st_mtime_ns for p in folder.glob("*/run.json") if p.parent.name != killed} == times
-    assert not list(folder.glob(".sweep/*.claim.*"))
+def wait_for(condition, seconds=60):
+    end = time.time() + seconds
+    while not condition() and time.time() < end: time.sleep(.02)
+    assert condition()
 
 
-def test_runs_of_one_encoder_share_what_they_can(resumed):
-    "Clusters from before are the same in all; a run that shares nothing gives the same numbers."
-    folder, _, _, _, _, _, _ = resumed
-    records = {p.parent.name: json.loads(p.read_text()) for p in folder.glob("*/run.json")}
-    assert len({r["miou"]["before"]["12"]["mean"] for r in records.values()}) == 1
-    assert not (folder / ".shared" / "tokens").exists()
-    name = plan({k: v[:1] for k, v in six.items()})[0].name
-    alone = folder.parent / "alone"
-    assert sweep({k: v[:1] for k, v in six.items()}, alone, jobs=1, notebook="none", share=False, say=silent).ok
-    again = json.loads((alone / name / "run.json").read_text())
-    assert again["miou"] == records[name]["miou"] and again["position_r2"] == records[name]["position_r2"]
+def test_a_sweep_that_was_killed_goes_on_where_it_was(page, tmp_path):
+    "Two methods x three seeds, killed in the third run: the second start makes the rest only."
+    process = in_a_process(six, tmp_path, notebook=page, say=silent)
+    wait_for(lambda: len(list(tmp_path.glob("*/run.json"))) >= 2)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    times = {path.parent.name: path.stat().st_mtime_ns for path in tmp_path.glob("*/run.json")}
+    assert 2 <= len(times) < 6
+    table = sweep(six, tmp_path, notebook=page, say=silent)
+    assert len(table) == 6 and set(table.outcome) == {"finished before", "finished"}
+    for name, then in times.items():
+        assert table.outcome[name] == "finished before"
+        assert (tmp_path / name / "run.json").stat().st_mtime_ns == then
+    assert sorted(path.name for path in (tmp_path / name).iterdir()) == ["03_train.ipynb", "run.json"]
 
 
-def test_the_report_of_the_sweep(resumed):
-    report = Report.read(resumed[0])
-    assert [(s.model, s.solver, len(s.records)) for s in report.settings] == [("tiny", "closed_form", 3), ("tiny", "sgd", 3)]
-    assert report.frame.fits.tolist() == [3, 3] and report.frame.seeds.tolist() == [2, 2]
-    assert all("part of the split: 16 of 500 images" in s.marks for s in report.settings)
-    d = [r["miou"]["after"]["12"]["mean"] - r["miou"]["before"]["12"]["mean"] for r in report.settings[0].records]
-    assert abs(report.frame.difference[0] - sum(d) / 3) < 1e-9
+def test_two_sweeps_at_once_make_each_run_once(page, tmp_path):
+    asked = dict(seed=[0, 1, 2])
+    other = in_a_process(asked, tmp_path, notebook=page, say=silent)
+    table = sweep(asked, tmp_path, notebook=page, say=silent)
+    other.join()
+    assert other.exitcode == 0 and sorted(made(tmp_path)) == sorted(table.index)
+    assert all(outcome.startswith("finished") for outcome in table.outcome)
 
 
-def test_by_papermill_with_a_bad_value_that_fails_alone(tmp_path, capfd):
-    "The command itself, with the notebook: exit code, executed notebook in the run's folder, the reason of the failure."
-    command = f"--model tiny --solver position_mean -p n_images 16 -p k 12 -p seeds 1 -p image_size 0 100 --jobs 2 --out-dir {tmp_path}"
+def test_a_run_that_another_sweep_has_is_waited_for(page, tmp_path):
+    "Taken by a process that makes it, then by one that is killed: the first is found finished, the second made here."
+    first, second = plan(dict(seed=[0, 1], n_images=[10]))
+    other = in_a_process(dict(seed=[0], n_images=[10]), tmp_path, notebook=page, say=silent)
+    wait_for(lambda: (tmp_path / "made").exists())
+    assert make_run(first, tmp_path, page)["outcome"] == "taken"
+    assert make_run(first, tmp_path, page, wait=True)["outcome"] == "finished elsewhere"
+    other.join()
+    other = in_a_process(dict(seed=[1], n_images=[10]), tmp_path, notebook=page, say=silent)
+    wait_for(lambda: len(made(tmp_path)) == 2)
+    os.kill(other.pid, signal.SIGKILL)
+    assert make_run(second, tmp_path, page, wait=True)["outcome"] == "finished"
+
+
+def test_bad_runs_fail_alone_and_say_why(page, tmp_path, capsys):
+    "One that raises, one whose process is killed, one whose value is refused; and a good one. Two at once."
+    command = f"-p n_images 0 7 8 some --jobs 2 --notebook {page} --out_dir {tmp_path}"
     assert main(command.split()) == 1
-    said = capfd.readouterr().out
-    assert "2 of 2 runs to make" in said and "without a notebook" not in said
-    good, bad = (p.name for p in plan(dict(model=["tiny"], solver=["position_mean"], seed=[0], n_images=[16], k=["12"], seeds=[1], image_size=[0, 100])))
-    assert sorted(p.name for p in (tmp_path / good).iterdir()) == ["03_train.ipynb", "figure.png", "head.safetensors", "run.json"]
-    assert f"{bad}: ValueError: image size 100 x 100 is no multiple" in said.replace("failed in", "").split("1 failed")[1]
-    assert not (tmp_path / bad).exists() and (tmp_path / ".sweep" / f"{bad}.ipynb").exists()
+    said = capsys.readouterr().out
+    assert len([line for line in said.splitlines() if line.startswith("[")]) == 4   # one line a run
+    for part in ("3 failed, 1 finished", "n_images=8-seed0: ValueError: 8 does not work",
+                 "n_images=7-seed0: its process died: killed, or out of memory",
+                 "n_images='some': expected a whole number"): assert part in said
+    notes = {path.name for path in (tmp_path / ".sweep").glob("*.failed.json")}
+    assert notes == {f"tiny-scenes-rasa-n_images={n}-seed0.failed.json" for n in (7, 8)}
+    threads = {line.split()[1] for line in (tmp_path / "made").read_text().splitlines()}
+    assert threads == {str(max(1, os.cpu_count() // 2))} or "OMP_NUM_THREADS" in os.environ
 
 
-def test_two_sweeps_at_once_never_take_the_same_run(tmp_path, monkeypatch):
-    "Twenty runs that only note who made them, six processes that want all of them."
-    context = multiprocessing.get_context("fork")
-    names = [f"run{i}" for i in range(20)]
-    processes = [context.Process(target=take_all, args=(tmp_path, names)) for _ in range(6)]
-    [p.start() for p in processes]; [p.join(60) for p in processes]
-    made = (tmp_path / "made").read_text().split()
-    assert sorted(made) == sorted(names)
-    assert all(p.exitcode == 0 for p in processes) and not list((tmp_path / ".sweep").glob("*.claim.*"))
-
-
-def take_all(folder, names):
-    def pretend(spec, parameters):
-        with open(folder / "made", "a") as f: f.write(spec["name"] + "\n")
-        time.sleep(.01)
-        part = folder / f".part-{spec['name']}"; part.mkdir()
-        (part / "run.json").write_text('{"parameters": {}}'); part.rename(folder / spec["name"])
-    module._by_module = pretend
-    for name in names:
-        run_one(dict(name=name, parameters={}, out_dir=str(folder), notebook="", stale=120, begun=time.time(), threads=1, devices="", share=False))
-
-
-def test_a_run_that_another_sweep_has_is_waited_for(tmp_path):
-    "Claimed by a living process, then by a dead one: waited for, and taken over."
-    request = {k: v[:1] for k, v in six.items()}
-    name = plan(request)[0].name
+def test_a_run_that_failed_in_another_sweep_meanwhile_is_not_tried_again(page, tmp_path):
     (tmp_path / ".sweep").mkdir()
-    held = Claim(tmp_path / ".sweep" / f"{name}.claim"); assert held.acquire()
-    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
-    p = psutil.Process(sleeper.pid)
-    held.file.write_text(json.dumps(json.loads(held.file.read_text()) | dict(pid=p.pid, started=p.create_time())))
-    assert run_one(module._specs(plan(request), tmp_path, "", 120, True, 1, True)[0]) == BUSY
-    held.released.set()
-    import threading
-    threading.Timer(2, sleeper.kill).start()
-    result = sweep(request, tmp_path, jobs=1, notebook="none", say=silent)
-    sleeper.wait()
-    assert result.ok and result.table.outcome.tolist() == ["finished"]
+    planned, begun = plan(dict(n_images=[8]))[0], time.time() - 1
+    assert make_run(planned, tmp_path, page)["why"] == "ValueError: 8 does not work"
+    assert make_run(planned, tmp_path, page, begun=begun)["outcome"] == "failed" and len(made(tmp_path)) == 1
+    make_run(planned, tmp_path, page, begun=time.time() + 1)
+    assert len(made(tmp_path)) == 2
 
 
-def test_other_parameters_under_the_same_name_are_not_taken(tmp_path):
-    request = {k: v[:1] for k, v in six.items()}
-    folder = tmp_path / plan(request)[0].name; folder.mkdir()
-    (folder / "run.json").write_text(json.dumps(dict(parameters=dict(model="tiny", k="13"))))
-    result = sweep(request, tmp_path, notebook="none", say=silent)
-    assert "k='13' there, '12' asked" in list(result.failed.values())[0] and (folder / "run.json").read_text().count("13") == 1
-
-
-def test_a_checkpoint_counts_by_content(tmp_path):
-    a, b = tmp_path / "a.pth", tmp_path / "b.pth"
-    a.write_bytes(b"one"); b.write_bytes(b"two")
-    name = lambda path: plan(dict(model=["vits"], checkpoint=[str(path)]))[0].name
-    one = name(a); (tmp_path / "moved").mkdir(); moved = shutil.copy(a, tmp_path / "moved")
-    assert name(moved) == one != name(b)
-    a.write_bytes(b"three"); assert name(a) != one
-
-
-@pytest.mark.parametrize("arguments, message", [
-    ("-p modle x", "did you mean 'model'"), ("-p k", "-p k: no value"), ("-p download maybe", "expected True or False"), ("--seeds 0", "expected at least 1"),
-    ("--notebook nowhere.ipynb", "no such file"), ("-p out_dir x", "not for the runs of a sweep"), ("--slurm 7", "expected KEY=VALUE")])
-def test_requests_that_make_no_sense(arguments, message, tmp_path, capsys):
-    with pytest.raises(SystemExit) as e: main(["--out-dir", str(tmp_path), *arguments.split()])
-    assert e.value.code == 2 and message in capsys.readouterr().err and not list(tmp_path.glob("*/run.json"))
-
-
-def test_values_that_make_no_sense_fail_without_a_process(tmp_path):
-    result = sweep(dict(solver=["magic"], seed=[0]), tmp_path / "runs", say=silent)
-    assert "solver='magic': expected one of" in list(result.failed.values())[0] and not (tmp_path / "runs").exists()
-
-
-def test_through_a_launcher(tmp_path):
-    "The command line that the launcher is given, run by `env`, as srun would."
-    request = dict(model=["tiny"], solver=["position_mean"], seed=[0], n_images=[16], k=["12"], seeds=[1])
-    result = sweep(request, tmp_path, notebook="none", launcher="env RASA_TEST=1", say=silent)
-    assert result.ok and len(list(tmp_path.glob("*/run.json"))) == 1
-
-
-def test_by_submitit(tmp_path):
+def test_by_submitit(page, tmp_path):
+    "Its local executor, in processes of their own: a good run, one that raises, one that is there already."
     pytest.importorskip("submitit")
-    request = dict(model=["tiny"], solver=["position_mean"], seed=[0], n_images=[16], k=["12"], seeds=[1], image_size=[0, 100])
-    result = sweep(request, tmp_path, notebook="none", slurm=dict(cluster="debug"), say=silent)
-    assert sorted(result.table.outcome) == ["failed", "finished"] and "nearest to 100" in list(result.failed.values())[0]
+    sweep(dict(n_images=[0]), tmp_path, notebook=page, say=silent)
+    table = sweep(dict(n_images=[0, 1, 8]), tmp_path, notebook=page, slurm=dict(cluster="local"), say=silent)
+    assert table.outcome.sort_index().tolist() == ["finished", "failed", "finished before"]
+    assert table.why["tiny-scenes-rasa-n_images=8-seed0"] == "ValueError: 8 does not work"
+    assert len(made(tmp_path)) == 3
 
 
 def test_submitit_is_asked_for_only_when_needed(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
-    with pytest.raises(ImportError, match="pip install 'rasa_nb\\[slurm\\]'"): sweep(dict(seed=[0]), tmp_path, slurm={}, say=silent)
+    with pytest.raises(ImportError, match="pip install 'rasa_nb\\[slurm\\]'"):
+        sweep(dict(seed=[0]), tmp_path, slurm={}, say=silent)
 
 
-def test_the_console_script_is_declared():
-    root = Path(__file__).parent.parent
-    said = subprocess.run([sys.executable, "setup.py", "--name", "--version"], cwd=root, capture_output=True, text=True)
-    assert said.returncode == 0 and "console_scripts = rasa-sweep=rasa_nb.sweep:console" in (root / "settings.ini").read_text()
-    assert callable(module.console) and find_notebook().endswith("03_train.ipynb")
+def test_a_real_run_by_the_module_alone(tmp_path):
+    "The least that a run on `tiny` can do, where there is no page."
+    asked = dict(method=["position_mean"], n_images=[16], k=["12"], seeds=[2])
+    table = sweep(asked, tmp_path, notebook="none", say=silent)
+    assert table.outcome.tolist() == ["finished"]
+    files = sorted(path.name for path in (tmp_path / table.index[0]).iterdir())
+    assert files == ["figure.png", "head.safetensors", "run.json"]
+    record, = read_runs(tmp_path).records
+    assert finished(tmp_path / table.index[0], dict(method="position_mean", n_images=16, k="12", seeds=2))
+    assert record["parameters"]["cache_dir"] == str(tmp_path / ".shared")
+    assert [path.name for path in (tmp_path / ".shared").iterdir()] == ["scores"]   # tokens are removed
+
+
+def hold_a_gpu(folder):
+    with one_gpu(["4", "6"], folder): (folder / "said").write_text(os.environ["CUDA_VISIBLE_DEVICES"])
+
+
+def test_a_run_waits_for_a_gpu_of_its_own(tmp_path):
+    with one_gpu(["4", "6"], tmp_path):
+        with one_gpu(["4", "6"], tmp_path):
+            process = multiprocessing.get_context("fork").Process(target=hold_a_gpu, args=(tmp_path,))
+            process.start()
+            process.join(.3)
+            assert not (tmp_path / "said").exists()
+        process.join()
+    assert (tmp_path / "said").read_text() == "6" and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("4", "6")
+
+
+def test_a_checkpoint_counts_by_content(tmp_path):
+    def name(path): return plan(dict(model=["vits"], checkpoint=[str(path)]))[0].name
+    file, moved = tmp_path / "a.pth", tmp_path / "moved" / "a.pth"
+    moved.parent.mkdir()
+    file.write_bytes(b"one")
+    moved.write_bytes(b"one")
+    one = name(file)
+    assert name(moved) == one
+    file.write_bytes(b"two")
+    assert name(file) != one
+
+
+def test_other_parameters_under_the_same_name_are_not_taken(tmp_path):
+    folder = tmp_path / plan(dict(k=["12"]))[0].name
+    folder.mkdir()
+    (folder / "run.json").write_text(json.dumps(dict(parameters=dict(model="tiny", k="13"))))
+    table = sweep(dict(k=["12"]), tmp_path, say=silent)
+    assert "k='13' there, '12' asked" in table.why.iloc[0]
+    assert finished(folder, dict(k="13", data_dir="elsewhere"))
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ("--solver sgd", "`method` takes its place"),
+    ("-p k", "expected a list with at least one value"),
+    ("--seeds 0", "expected a list with at least one value"),
+    ("--notebook nowhere.ipynb", "no such file"),
+    ("--slurm 7", "expected KEY=VALUE"),
+    ("--n_images 5", "given as -p NAME VALUE")])
+def test_requests_that_make_no_sense(arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as e: main(["--out_dir", str(tmp_path), *arguments.split()])
+    assert e.value.code == 2 and message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_values_that_cannot_work_fail_without_a_process(tmp_path):
+    table = sweep(dict(method=["magic"], download=["maybe"]), tmp_path / "runs", say=silent)
+    assert table.outcome.tolist() == ["failed"] and not (tmp_path / "runs").exists()
