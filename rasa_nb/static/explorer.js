@@ -1,0 +1,298 @@
+// The explorer in the browser; its Python side is nbs/02m_explorer.ipynb, which says what passes between them.
+// Nothing is imported: nothing is fetched from elsewhere.
+
+// --- Small things --------------------------------------------------------------------------------
+
+function make(tag, options = {}, ...children) {
+  const node = document.createElement(tag);
+  for (const [key, value] of Object.entries(options)) {
+    if (key in node) node[key] = value;
+    else node.setAttribute(key, value);
+  }
+  node.append(...children);
+  return node;
+}
+
+const percent = fraction => `${100 * fraction}%`;
+
+// Bytes of Python as numbers: the buffer may start anywhere, a Float32Array may not.
+function floats({buffer, byteOffset, byteLength}) {
+  return new Float32Array(buffer.slice(byteOffset, byteOffset + byteLength));
+}
+
+const cellOf = ([x, y], [rows, columns]) => [
+  Math.min(rows - 1, Math.floor(y * rows)),
+  Math.min(columns - 1, Math.floor(x * columns)),
+];
+
+// Values from -1 to 1 as pixels, one for each cell; `colors` holds 256 of them, three bytes each.
+function paint(canvas, values, [rows, columns], colors) {
+  const picture = new ImageData(columns, rows);
+  values.forEach((value, i) => {
+    const step = 3 * Math.max(0, Math.min(255, Math.floor((value + 1) * 128)));
+    const rgb = [0, 1, 2].map(channel => colors.getUint8(step + channel));
+    picture.data.set([...rgb, 255], 4 * i);
+  });
+  Object.assign(canvas, {width: columns, height: rows});
+  canvas.getContext("2d").putImageData(picture, 0, 0);
+}
+
+function frame(mark, [row, column], [rows, columns]) {
+  mark.style.left = percent(column / columns);
+  mark.style.top = percent(row / rows);
+  mark.style.width = percent(1 / columns);
+  mark.style.height = percent(1 / rows);
+}
+
+function place(mark, [x, y]) {
+  mark.style.left = percent(x);
+  mark.style.top = percent(y);
+}
+
+// --- A panel: a picture with marks over it and a caption below -----------------------------------
+// The Tab key reaches it; then the arrow keys move by one patch, and with Shift by four.
+// `onPoint` gets the point as fractions of width and height, and "press" or "hover".
+
+const ARROWS = {ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0]};
+
+function makePanel(picture, label, marks, onPoint, grid) {
+  const about = {className: "area", tabIndex: 0, role: "application", "aria-label": label};
+  const area = make("div", about, picture, ...marks);
+  const caption = make("figcaption");
+  let at = [.5, .5];
+
+  const move = (x, y, how) => {
+    at = [x, y].map(f => Math.max(0, Math.min(1 - 1e-6, f)));
+    onPoint(at, how);
+  };
+  const fromPointer = (event, how) => {
+    const box = area.getBoundingClientRect();
+    move((event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height, how);
+  };
+  area.onpointerdown = event => {
+    area.setPointerCapture(event.pointerId);
+    area.focus({preventScroll: true});
+    fromPointer(event, "press");
+    event.preventDefault();
+  };
+  area.onpointermove = event => fromPointer(event, event.buttons & 1 ? "press" : "hover");
+  area.onkeydown = event => {
+    const step = ARROWS[event.key];
+    if (!step) return;
+    event.preventDefault();
+    event.stopPropagation();   // JupyterLab would go to another cell
+    const [rows, columns] = grid();
+    const [row, column] = cellOf(at, [rows, columns]);
+    const far = event.shiftKey ? 4 : 1;
+    move((column + far * step[1] + .5) / columns, (row + far * step[0] + .5) / rows, "press");
+  };
+  return {area, caption, figure: make("figure", {}, area, caption), set: point => { at = point; }};
+}
+
+// --- Controls: each has a label, and is left out where there is nothing to choose ----------------
+
+function makeSelect(label, key, options, choose) {
+  const box = make("select", {"aria-label": label}, ...options.map(([, text]) => make("option", {}, text)));
+  box.onchange = () => choose({[key]: options[box.selectedIndex][0]});
+  const sync = choice => { box.selectedIndex = options.findIndex(([value]) => value === choice[key]); };
+  return {node: make("label", {}, label + " ", box), sync};
+}
+
+function makeSwitches(encoders, choose) {
+  const boxes = encoders.map(() => make("input", {type: "checkbox"}));
+  boxes.forEach(box => {
+    box.onchange = () => {
+      const shown = encoders.filter((_, i) => boxes[i].checked);
+      if (shown.length) choose({shown});
+      else box.checked = true;   // one stays
+    };
+  });
+  const labels = boxes.map((box, i) => make("label", {}, box, " " + encoders[i]));
+  const sync = choice => boxes.forEach((box, i) => { box.checked = choice.shown.includes(encoders[i]); });
+  return {node: make("span", {role: "group", "aria-label": "Encoders shown"}, ...labels), sync};
+}
+
+function makeControls(about, choose, download) {
+  const controls = [], images = about.images.map(name => [name, name]);
+  const blocks = Array.from({length: about.layers}, (_, i) => [i, `block ${i}`]);
+  if (images.length > 1) {
+    controls.push(makeSelect("Image", "query", images, choose));
+    controls.push(makeSelect("Maps of", "target", [["", "the same image"], ...images], choose));
+  }
+  if (about.layers) controls.push(makeSelect("Layer", "layer", [["given", "as given"], ...blocks], choose));
+  if (about.encoders.length > 1) controls.push(makeSwitches(about.encoders, choose));
+  const title = "Save what is shown as a PNG file";
+  const button = make("button", {type: "button", title, onclick: download}, "Export PNG");
+  const bar = make("div", {className: "controls"}, ...controls.map(control => control.node), button);
+  return {bar, sync: choice => controls.forEach(control => control.sync(choice))};
+}
+
+// --- Maps: one panel for each encoder shown, kept from answer to answer --------------------------
+// A pointer over any of them, or the arrow keys, reads all of them at that place.
+
+function makeMap(name, read, grid) {
+  const canvas = make("canvas");
+  const query = make("div", {className: "mark"});
+  const hover = make("div", {className: "mark hover", hidden: true});
+  const label = `Similarity map of ${name}. Arrow keys read its values.`;
+  const panel = makePanel(canvas, label, [query, hover], read, grid);
+  const title = make("strong"), value = make("output", {title: "value under the cursor"});
+  panel.caption.append(title, value);
+  return {...panel, canvas, query, hover, title, value};
+}
+
+function fillMap(panel, map, answer, colors) {
+  panel.numbers = floats(map.values);
+  paint(panel.canvas, panel.numbers, map.grid, colors);
+  frame(panel.query, map.cell, map.grid);
+  panel.query.hidden = answer.target !== "";
+  panel.area.style.aspectRatio = answer.size.join("/");
+  panel.title.textContent = map.name + (map.label ? `, ${map.label}` : "");
+  panel.canvas.dataset.cell = map.cell;   // which patch the map belongs to
+}
+
+// Returns a function that draws an answer of Python.
+function makeMaps(region, targetMark, colors, say) {
+  let panels = {}, answer, cursor;
+
+  const readOne = (map, point) => {
+    const {hover, value, numbers} = panels[map.name], cell = cellOf(point, map.grid);
+    frame(hover, cell, map.grid);
+    hover.hidden = false;
+    value.textContent = numbers[cell[0] * map.grid[1] + cell[1]].toFixed(2);
+    return `${map.name} ${value.textContent}`;
+  };
+  const readAll = point => {
+    cursor = point;
+    const values = answer.maps.map(map => readOne(map, point));
+    place(targetMark, point);
+    targetMark.hidden = false;
+    return values;
+  };
+  const read = point => say("Under the cursor: " + readAll(point).join(", "));
+  const gridOf = name => () => answer.maps.find(map => map.name === name).grid;
+
+  return next => {
+    answer = next;
+    const kept = ({name}) => [name, panels[name] ?? makeMap(name, read, gridOf(name))];
+    panels = Object.fromEntries(answer.maps.map(kept));
+    const figures = Object.values(panels).map(panel => panel.figure), old = region.children;
+    const same = figures.length === old.length && figures.every((figure, i) => figure === old[i]);
+    if (!same) region.replaceChildren(...figures);
+    answer.maps.forEach(map => fillMap(panels[map.name], map, answer, colors));
+    if (cursor) readAll(cursor);
+  };
+}
+
+// --- The color bar, and what is chosen in words: for the eye, and for screen readers -------------
+
+function makeScale(about, colors) {
+  const bar = make("canvas", {className: "bar", "aria-hidden": "true"});
+  paint(bar, Float32Array.from({length: 256}, (_, i) => (i + .5) / 128 - 1), [1, 256], colors);
+  const ticks = make("div", {className: "ticks"}, ...["-1", "0", "1"].map(text => make("span", {}, text)));
+  const words = make("span", {}, `${about.scale}; one scale for all maps`);
+  return make("div", {className: "scale"}, make("div", {}, bar, ticks), words);
+}
+
+function describe(answer) {
+  if (answer.error) return answer.error;
+  const places = new Map();   // encoders of one grid are named together
+  for (const {name, cell, query_grid: grid} of answer.maps) {
+    const where = `row ${cell[0] + 1} of ${grid[0]}, column ${cell[1] + 1} of ${grid[1]}`;
+    places.set(where, [...(places.get(where) ?? []), name]);
+  }
+  const several = places.size > 1;
+  const parts = [...places].map(([where, names]) => several ? `${where} (${names.join(", ")})` : where);
+  return `Patch of ${answer.query}: ${parts.join("; ")}`;
+}
+
+// A line that is spoken: late enough that a drag does not speak at every step.
+function makeStatus() {
+  const node = make("div", {className: "status", role: "status"});
+  let timer;
+  const say = text => {
+    clearTimeout(timer);
+    timer = setTimeout(() => { node.textContent = text; }, 100);
+  };
+  return {node, say};
+}
+
+// The patch of the finest grid, which the arrow keys step by.
+function finest(answer) {
+  const grids = answer.maps.map(map => map.query_grid);
+  return grids.reduce((a, b) => a[0] * a[1] >= b[0] * b[1] ? a : b);
+}
+
+function saveFile(bytes, name) {
+  const url = URL.createObjectURL(new Blob([bytes], {type: "image/png"}));
+  make("a", {href: url, download: name}).click();
+  setTimeout(() => URL.revokeObjectURL(url), 1000);
+}
+
+// --- Put together: anywidget calls `render` for each view on the page ----------------------------
+// The dot moves with the pointer at once. Maps follow when the answer comes, and turn pale where that takes
+// longer than a third of a second, as when a layer is computed for the first time.
+
+function render({model, el}) {
+  const about = model.get("about"), colors = model.get("colors"), id = String(Math.random()), urls = {};
+  for (const [name, bytes] of Object.entries(model.get("pictures"))) {
+    urls[name] = URL.createObjectURL(new Blob([bytes]));
+  }
+  const choice = () => model.get("choice"), answered = () => model.get("answer");
+  const choose = change => { model.set("choice", {...choice(), ...change}); model.save_changes(); };
+
+  const picture = make("img", {alt: "", draggable: false}), other = make("img", {alt: "", draggable: false});
+  const dot = make("div", {className: "dot"}), cross = make("div", {className: "dot small", hidden: true});
+  const label = "Image: choose a patch by pointer, or move it with the arrow keys";
+  const press = (at, how) => { if (how === "press") choose({at}); };
+  const query = makePanel(picture, label, [dot], press, () => finest(answered()));
+  const target = make("figure", {}, make("div", {className: "area"}, other, cross), make("figcaption"));
+  const region = make("div", {className: "maps"}), status = makeStatus();
+  const drawMaps = makeMaps(region, cross, colors, status.say);
+  const controls = makeControls(about, choose, () => model.send({kind: "export", id}));
+  const panels = make("div", {className: "panels"}, query.figure, target, region);
+  const style = `--picture: ${about.width}px`;   // and JupyterLab leaves the keys to us
+  const look = {className: "rasa-explorer", style, "data-lm-suppress-shortcuts": "true"};
+  el.append(make("div", look, controls.bar, panels, makeScale(about, colors), status.node));
+
+  let waiting, shown;
+  const showPictures = ({query: name, target: second}) => {
+    picture.src = urls[name];
+    query.caption.textContent = name;
+    target.hidden = second === "";
+    other.src = urls[second || name];
+    target.lastChild.textContent = second;
+  };
+  const showChoice = () => {
+    place(dot, choice().at);
+    query.set(choice().at);
+    clearTimeout(waiting);
+    waiting = setTimeout(() => region.setAttribute("aria-busy", "true"), 300);
+    const rest = JSON.stringify({...choice(), at: 0});   // the same throughout a drag
+    if (rest === shown) return;
+    shown = rest;
+    showPictures(choice());
+    controls.sync(choice());
+  };
+  const showAnswer = () => {
+    clearTimeout(waiting);
+    region.setAttribute("aria-busy", "false");
+    if (!answered().error) drawMaps(answered());
+    status.say(describe(answered()));
+  };
+  const received = (message, buffers) => { if (message.id === id) saveFile(buffers[0], message.name); };
+
+  model.on("change:choice", showChoice);
+  model.on("change:answer", showAnswer);
+  model.on("msg:custom", received);
+  showChoice();
+  showAnswer();
+  return () => {   // the view is closed
+    model.off("change:choice", showChoice);
+    model.off("change:answer", showAnswer);
+    model.off("msg:custom", received);
+    Object.values(urls).forEach(URL.revokeObjectURL);
+  };
+}
+
+export default {render};
