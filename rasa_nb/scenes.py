@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TEXTURES', 'stripes', 'waves', 'checks', 'dots', 'mesh', 'bricks', 'zigzag', 'rings', 'clouds', 'camouflage',
-           'speckle', 'bark', 'Scenes']
+           'speckle', 'bark', 'Scenes', 'planted_tokens']
 
 # %% ../nbs/00a_scenes.ipynb #s001
 from functools import lru_cache
@@ -165,3 +165,21 @@ def _edges(region):
     edge, rows, columns = np.zeros(region.shape, bool), np.diff(region, axis=0) != 0, np.diff(region, axis=1) != 0
     edge[1:] |= rows; edge[:-1] |= rows; edge[:, 1:] |= columns; edge[:, :-1] |= columns
     return edge
+
+# %% ../nbs/00a_scenes.ipynb #pl000002
+def planted_tokens(
+    n:int=300,            # images
+    grid=(6, 8),          # (gh, gw)
+    d:int=16,             # D, at least 3
+    strength:float=4.,    # what row and column, from 0 to 1, are multiplied by
+    spread:float=1.,      # standard deviation of the content
+    seed:int=0,           # of the content; the directions are the same for every seed
+):
+    "Returns tokens [n, gh, gw, d] with a planted position, their content alone, and its two directions [d, 2]; float32."
+    random = torch.Generator().manual_seed(d)
+    directions = torch.linalg.qr(torch.randn(d, 2, generator=random))[0]
+    content = spread * torch.randn(n, *grid, d, generator=torch.Generator().manual_seed(seed))
+    content -= content @ directions @ directions.T
+    steps = [torch.linspace(0, 1, side) if side > 1 else torch.full((1,), .5) for side in grid]
+    place = torch.stack(torch.meshgrid(*steps, indexing="ij"), -1)
+    return content + strength * place @ directions.T, content, directions
