@@ -6,18 +6,16 @@
 __all__ = ['leace_fitter', 'LEACE', 'BlankSVD', 'RemovePCA', 'MeanThenRASA', 'ShiftAverage', 'roster']
 
 # %% ../nbs/02e_baselines.ipynb #c003
-import math
 import torch
-from fastcore.basics import patch
 import torch.nn.functional as F
+from fastcore.basics import patch
 
 # %% ../nbs/02e_baselines.ipynb #c004
 from .data import Reading
 from .patch_encoder import WrappedEncoder, check_image_size
 from .store import fitted_on
-from .moments import Moments, orthonormal_targets, position_targets, ridge_r2
-from .head import RASAHead, moments_after
-from .rasa import RASA, PositionMean, PositionRemover, complement, fit_together
+from .moments import Moments, orthonormal_targets, position_targets
+from .rasa import RASA, PositionMean, PositionRemover, complement
 from .trained import TrainedRASA
 
 # %% ../nbs/02e_baselines.ipynb #c005
@@ -25,13 +23,15 @@ from concept_erasure import LeaceFitter
 
 # %% ../nbs/02e_baselines.ipynb #c011
 def leace_fitter(
-    moments,     # `Moments`
-    targets,     # [gh, gw, T]
+    moments,    # `Moments`
+    targets,    # [gh, gw, T]
 ) -> LeaceFitter:
     "Returns the fitter of `concept-erasure` as if it had seen the tokens."
-    t, n = targets.flatten(0, 1), moments.count * math.prod(moments.grid_size)
-    fitter = LeaceFitter(moments.embed_dim, t.shape[1], affine=False, constrain_cov_trace=False, svd_tol=1e-6, dtype=torch.float64)
-    fitter.n, fitter.mean_x, fitter.mean_z = torch.tensor(n), moments.mean, t.mean(0)
+    flat = targets.flatten(0, 1)
+    n = moments.count * len(flat)
+    fitter = LeaceFitter(moments.embed_dim, flat.shape[1], affine=False, constrain_cov_trace=False,
+                         svd_tol=1e-6, dtype=torch.float64)
+    fitter.n, fitter.mean_x, fitter.mean_z = torch.tensor(n), moments.mean, flat.mean(0)
     fitter.sigma_xx_, fitter.sigma_xz_ = n * moments.cov, n * moments.cross(targets)
     return fitter
 
@@ -44,7 +44,9 @@ class LEACE(PositionRemover):
     ):
         self.targets, self.random_state = targets, random_state
 
-    def solve(self, m): return leace_fitter(m, orthonormal_targets(position_targets(m.grid_size, self.targets))).eraser.P, None
+    def solve(self, moments):
+        targets = orthonormal_targets(position_targets(moments.grid_size, self.targets))
+        return leace_fitter(moments, targets).eraser.P, None
 
 # %% ../nbs/02e_baselines.ipynb #c018
 class BlankSVD(PositionRemover):
@@ -56,46 +58,64 @@ class BlankSVD(PositionRemover):
     ):
         self.n_directions, self.random_state = n_directions, random_state
 
-    def fit(self, encoder, data=None, reading=None):
-        "Learns from one black image and returns self; `data` is not looked at."
+    def fit(self,
+        encoder,         # a `PatchEncoder`
+        data=None,       # not looked at
+        reading=None,    # a `Reading`, or a size in pixels; None: the encoder's own size
+    ):
+        "Learns from one black image and returns self."
         size = Reading.of(reading, size=encoder.image_size).size
-        tokens = encoder(torch.zeros(1, 3, *((size, size) if isinstance(size, int) else size)))
-        moments = Moments(tokens.shape[1:3], tokens.shape[3]).update(tokens)
-        moments.source = dict(fitted_on(encoder), image_size=size, data=dict(name="one blank image", images=1))
+        height, width = (size, size) if isinstance(size, int) else size
+        moments = Moments.of(encoder(torch.zeros(1, 3, height, width)))
+        blank = dict(name="one blank image", images=1)
+        moments.source = dict(fitted_on(encoder), image_size=size, data=blank)
         return self.fit_moments(moments)
-
-    def fit_moments(self, moments):
-        "Learns from moments of blank images and returns self; one is enough, so the number is not checked."
-        self.moments_ = moments
-        return self.set_head(*self.solve(moments), moments.source)
 
 # %% ../nbs/02e_baselines.ipynb #c019
 @patch
-def solve(self:BlankSVD, m):
-    n = round(self.n_directions * m.embed_dim) if self.n_directions < 1 else self.n_directions
-    if n != int(n) or not 1 <= n <= m.embed_dim: raise ValueError(f"n_directions={self.n_directions!r}: expected a whole number from 1 to {m.embed_dim}, or a share of D above 0 and below 1")
-    z = F.normalize(m.cell_mean.flatten(0, 1), dim=-1)
-    _, s, directions = torch.linalg.svd(z - z.mean(0), full_matrices=False)
-    if len(z) == 1: raise ValueError("the blank image has one patch only: no position to learn from it, take a larger one")
-    kept = s[:int(n)] > max(1e-6 * s[0], 1e-5)   # a small image has fewer directions than were asked for, one without position none
-    self.basis_ = directions[:int(n)][kept].T
+def fit_moments(self:BlankSVD, moments):
+    "Learns from moments of blank images and returns self; one is enough, so the number is not checked."
+    self.moments_ = moments
+    return self.set_head(*self.solve(moments), moments.source)
+
+@patch
+def solve(self:BlankSVD, moments):
+    n = self._number(moments.embed_dim)
+    z = F.normalize(moments.cell_mean.flatten(0, 1), dim=-1)
+    if len(z) == 1:
+        raise ValueError("the blank image has one patch only: no position to learn from, take a larger one")
+    _, strength, directions = torch.linalg.svd(z - z.mean(0), full_matrices=False)
+    # a small image has fewer directions than were asked for, an encoder without position none
+    found = strength[:n] > max(1e-6 * strength[0], 1e-5)
+    self.basis_ = directions[:n][found].T
     return complement(self.basis_), None
+
+@patch
+def _number(self:BlankSVD, embed_dim):
+    "How many directions to take."
+    n = self.n_directions
+    if 0 < n < 1: n = round(n * embed_dim)
+    if n == int(n) and 1 <= n <= embed_dim: return int(n)
+    raise ValueError(f"n_directions={self.n_directions!r}: expected a whole number from 1 to {embed_dim}, "
+                     "or a share of D above 0 and below 1")
 
 # %% ../nbs/02e_baselines.ipynb #c023
 class RemovePCA(PositionRemover):
     "Project out principal components of the tokens."
     def __init__(self,
-        n_components:int=2,
+        n_components:int=2,    # how many
         by:str="position",     # which: those that move most with "position", or of largest "variance"
         random_state:int=0,    # of the augmentation
     ):
         self.n_components, self.by, self.random_state = n_components, by, random_state
 
-    def solve(self, m):
-        if self.by not in ("position", "variance"): raise ValueError(f"by={self.by!r}: expected 'position' or 'variance'")
-        if not 1 <= self.n_components <= m.embed_dim: raise ValueError(f"n_components={self.n_components}: expected 1 to {m.embed_dim}")
-        variance, components = torch.linalg.eigh(m.cov)
-        moved = ((m.cell_mean - m.mean) @ components).square().mean((0, 1))
+    def solve(self, moments):
+        if self.by not in ("position", "variance"):
+            raise ValueError(f"by={self.by!r}: expected 'position' or 'variance'")
+        if not 1 <= self.n_components <= moments.embed_dim:
+            raise ValueError(f"n_components={self.n_components}: expected 1 to {moments.embed_dim}")
+        variance, components = torch.linalg.eigh(moments.cov)
+        moved = ((moments.cell_mean - moments.mean) @ components).square().mean((0, 1))
         order = (moved if self.by == "position" else variance).argsort(descending=True)
         self.basis_ = components[:, order[:self.n_components]]
         return complement(self.basis_), None
@@ -109,44 +129,57 @@ class MeanThenRASA(PositionRemover):
     ):
         self.targets, self.random_state = targets, random_state
 
-    def solve(self, m):
-        rasa = RASA(self.targets, random_state=self.random_state).fit_moments(m)
+    def solve(self, moments):
+        rasa = RASA(self.targets, random_state=self.random_state).fit_moments(moments)
+        mean = PositionMean(random_state=self.random_state).fit_moments(moments)
         self.basis_ = rasa.basis_
-        return rasa.projector_, PositionMean(random_state=self.random_state).fit_moments(m).head_.offset
+        return rasa.projector_, mean.fitted_head().offset
 
 # %% ../nbs/02e_baselines.ipynb #c031
 class ShiftAverage(WrappedEncoder):
-    "An encoder whose tokens are averaged over shifts of the image by whole patches, shifted back: learns nothing, costs `n_shifts` passes."
+    "An encoder whose tokens are averaged over shifts of the image by whole patches, shifted back."
     def __init__(self,
         base,                  # a `PatchEncoder`
         n_shifts:int=10,       # encoder passes per image
         random_state:int=0,    # of the shifts
-        name=None,
+        name=None,             # shown in tables; None: the base's, and this class's
     ):
         super().__init__(base, name or f"{base.name}+ShiftAverage")
         self.n_shifts, self.random_state = n_shifts, random_state
 
     def shifts(self, grid_size):
-        "Returns `(rows, columns)` of each shift: none at all, then others drawn without repetition."
+        "Returns the shifts as (rows, columns): none at all, then others drawn without repetition."
         gh, gw = grid_size
         if not 1 <= self.n_shifts <= gh * gw:
-            raise ValueError(f"n_shifts={self.n_shifts}: expected 1 to {gh * gw}, the cells of a grid of {gh} x {gw}")
-        others = 1 + torch.randperm(gh * gw - 1, generator=torch.Generator().manual_seed(self.random_state))
+            raise ValueError(f"n_shifts={self.n_shifts}: expected 1 to {gh * gw}, "
+                             f"the cells of a grid of {gh} x {gw}")
+        generator = torch.Generator().manual_seed(self.random_state)
+        others = 1 + torch.randperm(gh * gw - 1, generator=generator)
         return [divmod(i, gw) for i in (0, *others[:self.n_shifts - 1].tolist())]
 
     def forward(self, images):
-        p, shifts = self.patch_size, self.shifts(check_image_size(images.shape[-2:], self.patch_size))
-        seen = (self.base(images.roll((r * p, c * p), (2, 3))).roll((-r, -c), (1, 2)) for r, c in shifts)
-        return sum(seen) / len(shifts)
+        patch_size = self.patch_size
+        shifts = self.shifts(check_image_size(images.shape[-2:], patch_size))
+        total = 0
+        for rows, columns in shifts:
+            shifted = images.roll((rows * patch_size, columns * patch_size), (2, 3))
+            total = total + self.base(shifted).roll((-rows, -columns), (1, 2))
+        return total / len(shifts)
 
 # %% ../nbs/02e_baselines.ipynb #c037
 def roster(
-    random_state:int=0,   # of every method
+    random_state:int=0,    # of every method
 ) -> dict:
     "Returns every method, not fitted, by the name it has in tables."
-    s = dict(random_state=random_state)
-    return {"RASA as released": TrainedRASA.released(**s), "RASA as in the paper": TrainedRASA.paper(**s), "RASA, trained, global basis": TrainedRASA(**s),
-            "RASA": RASA(**s), "RASA, fourier": RASA("fourier", **s), "RASA, fourier, full rank": RASA("fourier", "all", **s), "RASA, coords": RASA("coords", **s),
-            "position mean": PositionMean(**s), "position mean, whole": PositionMean("all", **s), "position mean + RASA, fourier": MeanThenRASA("fourier", **s),
-            "LEACE, coords": LEACE("coords", **s), "LEACE, fourier": LEACE("fourier", **s), "blank-image SVD, 4": BlankSVD(4, **s), "blank-image SVD, 10": BlankSVD(10, **s),
-            "blank-image SVD, D/2": BlankSVD(.5, **s), "PCA by position, 2": RemovePCA(2, "position", **s), "PCA by variance, 2": RemovePCA(2, "variance", **s)}
+    methods = {
+        "RASA as released": TrainedRASA.released(), "RASA as in the paper": TrainedRASA.paper(),
+        "RASA, trained, global basis": TrainedRASA(),
+        "RASA": RASA(), "RASA, fourier": RASA("fourier"), "RASA, fourier, full rank": RASA("fourier", "all"),
+        "RASA, coords": RASA("coords"),
+        "position mean": PositionMean(), "position mean, whole": PositionMean("all"),
+        "position mean + RASA, fourier": MeanThenRASA("fourier"),
+        "LEACE, coords": LEACE("coords"), "LEACE, fourier": LEACE("fourier"),
+        "blank-image SVD, 4": BlankSVD(4), "blank-image SVD, 10": BlankSVD(10),
+        "blank-image SVD, D/2": BlankSVD(.5),
+        "PCA by position, 2": RemovePCA(2, "position"), "PCA by variance, 2": RemovePCA(2, "variance")}
+    return {name: method.set_params(random_state=random_state) for name, method in methods.items()}
