@@ -1,7 +1,7 @@
 __version__ = "0.1.0"
 import lazy_loader
 
-# A name is imported when it is first used: `import rasa_nb.matching` loads no widget, no plot and no other method.
+# A name is imported when it is first used: `import rasa_nb.matching` loads no widget, no plot, no method.
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs=dict(
     data=["ImageFolder", "ImageMaskFolder", "Reading", "VOCSegmentation"],
     scenes=["Scenes"],
