@@ -27,11 +27,11 @@ const cellOf = ([x, y], [rows, columns]) => [
 
 // Values from -1 to 1 as pixels, one for each cell; `colors` holds 256 of them, three bytes each.
 function paint(canvas, values, [rows, columns], colors) {
-  const picture = new ImageData(columns, rows);
+  const picture = new ImageData(columns, rows), pixels = picture.data;
   values.forEach((value, i) => {
     const step = 3 * Math.max(0, Math.min(255, Math.floor((value + 1) * 128)));
-    const rgb = [0, 1, 2].map(channel => colors.getUint8(step + channel));
-    picture.data.set([...rgb, 255], 4 * i);
+    for (let channel = 0; channel < 3; channel++) pixels[4 * i + channel] = colors.getUint8(step + channel);
+    pixels[4 * i + 3] = 255;
   });
   Object.assign(canvas, {width: columns, height: rows});
   canvas.getContext("2d").putImageData(picture, 0, 0);
