@@ -69,13 +69,22 @@ def timm_name(
 ) -> str:
     "Returns timm's name of a model. Raises ValueError, naming the nearest, where there is none."
     full = ALIASES.get(name, name)
-    if timm.is_model(full): return full
+    if timm.is_model(full): return _with_tag(full)
     ours = [*ALIASES, *FRANCA]
     theirs = [n for m in VIT_MODULES for n in timm.list_models(module=m)]
     near = ", ".join(difflib.get_close_matches(name, ["tiny", *ours, *theirs], 4, .5)) or "none"
     raise ValueError(f"unknown model {name!r}; nearest: {near}. Expected 'tiny', one of {', '.join(ours)}, "
                      "a ViT of timm, an id of transformers ('owner/name'), 'hub:owner/repo:entry', "
                      "or a module; see `list_encoders`")
+
+def _with_tag(name):
+    "The name, if timm knows its tag (what follows the dot: which training); `is_model` looks at no tag."
+    try: timm.get_pretrained_cfg(name)
+    except RuntimeError as e:
+        architecture, _, tag = name.partition(".")
+        known = ", ".join(n.partition(".")[2] for n in timm.list_models(architecture + ".*", pretrained=True))
+        raise ValueError(f"timm has no weights {tag!r} of {architecture}; expected one of {known}") from e
+    return name
 
 # %% ../nbs/01b_encoders.ipynb #c016
 def create_vit(
