@@ -53,7 +53,7 @@ def _check_protocol(protocol):
         if size.dtype.kind != "i" or size.shape not in ((), (2,)) or size.min() < 1:
             raise ValueError(f"{name}={value!r}: expected pixels, one number or (height, width)")
 
-# %% ../nbs/02g_matching.ipynb #6a2d7109
+# %% ../nbs/02g_matching.ipynb #1ebe542c
 @patch
 def replace(self:Protocol, **changes) -> Protocol:
     "Returns a copy with these knobs changed, e.g. `FRANCA.replace(k=(21, 500))`."
@@ -64,7 +64,7 @@ def mask_shape(self:Protocol) -> tuple:
     "Height and width of masks and cluster maps, in pixels."
     return (self.mask_size, self.mask_size) if np.isscalar(self.mask_size) else tuple(self.mask_size)
 
-# %% ../nbs/02g_matching.ipynb #c4c3e5fa
+# %% ../nbs/02g_matching.ipynb #636f6470
 @patch
 def fill(self:Protocol,
     num_classes:int,   # of the data
@@ -142,7 +142,7 @@ def merge_clusters(
     np.add.at(merged, matched, confusion)   # -1, no class, is the last row
     return merged
 
-# %% ../nbs/02g_matching.ipynb #c55c133a
+# %% ../nbs/02g_matching.ipynb #364d2d07
 def class_iou(
     confusion,    # pixel counts [k, C]
     matched,      # class of each cluster [k], from `match_clusters`
@@ -152,7 +152,7 @@ def class_iou(
     right, predicted = np.diag(merged), merged[:-1].sum(1)
     return np.where(true > 0, _iou(right, predicted, true), np.nan)
 
-# %% ../nbs/02g_matching.ipynb #77048320
+# %% ../nbs/02g_matching.ipynb #ce06fb86
 def paired_interval(
     differences,        # one for each seed [n]
     level:float=.95,    # of the interval

@@ -118,7 +118,7 @@ class Run:
     confusion: np.ndarray                     # pixel counts [k, C], int64
     labels: np.ndarray = field(repr=False)    # clusters of the example images [m, height, width], uint16
 
-# %% ../nbs/02h_segmentation.ipynb #88c660c0
+# %% ../nbs/02h_segmentation.ipynb #843ff453
 def count_clusters(
     maps,             # reduced tokens [n, gh, gw, d]
     masks,            # [n, height, width]
@@ -184,7 +184,7 @@ class Encoded:
         try: self.moments.update(batch)
         except ValueError as e: raise ValueError(f"encoder {self.name}: {e}") from e
 
-# %% ../nbs/02h_segmentation.ipynb #1c740640
+# %% ../nbs/02h_segmentation.ipynb #a49f00d9
 def encode_split(
     bases,       # key -> base encoder
     data, protocol, reading,
@@ -238,7 +238,7 @@ def read_run(path, encoder, k, seed) -> Run:
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as e:
         raise ValueError(f"{path} is no saved run: delete it to have it computed again ({e})") from e
 
-# %% ../nbs/02h_segmentation.ipynb #ec67f134
+# %% ../nbs/02h_segmentation.ipynb #3ef49c1a
 def make_runs(
     encoders, data,
     files:dict,      # (encoder, k, seed) -> where the run is saved, or None
@@ -282,7 +282,7 @@ class OverclusterResult:
         if found: return found[0]
         raise KeyError(f"no run {key}: encoders {self.encoders}, k {self.ks}, seeds {self.protocol.seeds}")
 
-# %% ../nbs/02h_segmentation.ipynb #24b1cde8
+# %% ../nbs/02h_segmentation.ipynb #54813144
 @patch(as_prop=True)
 def encoders(self:OverclusterResult) -> list:
     "Names of the encoders, the one that others are compared with first."
@@ -355,7 +355,7 @@ def change(self:OverclusterResult) -> pd.DataFrame:
             rows.append(dict(encoder=name, k=k, mean=mean, low=low, high=high, seeds=len(differences)))
     return pd.DataFrame(rows, columns=["encoder", "k", "mean", "low", "high", "seeds"])
 
-# %% ../nbs/02h_segmentation.ipynb #27a52d0f
+# %% ../nbs/02h_segmentation.ipynb #22af2072
 _OTHER = dict(many_to_one_precision="miou_iou", many_to_one_iou="miou_precision")   # score by the other rule
 
 @patch(as_prop=True)
@@ -399,7 +399,7 @@ def to_markdown(self:OverclusterResult) -> str:
 def _repr_html_(self:OverclusterResult):
     return self.summary.style.set_caption(self.caption).set_uuid("scores").to_html()
 
-# %% ../nbs/02h_segmentation.ipynb #c7ef6754
+# %% ../nbs/02h_segmentation.ipynb #6d09c620
 @patch
 def to_dict(self:OverclusterResult) -> dict:
     "Returns scores with the IoU of each class, protocol, data and classes as plain values; nan becomes None."
@@ -512,7 +512,7 @@ def class_maps(self:OverclusterResult,
         maps[name] = match_clusters(run.confusion, self.matching(k))[run.labels[i]]
     return maps
 
-# %% ../nbs/02h_segmentation.ipynb #8caeb48c
+# %% ../nbs/02h_segmentation.ipynb #bdc1843b
 @patch
 def show_maps(self:OverclusterResult,
     k:int=None,      # None: the largest
@@ -600,7 +600,7 @@ def _check_clusters(protocol, num_classes, images, grid_size):
             raise ValueError(f"k={k}: more clusters than there are points to cluster ({points}); "
                              "take more images or a smaller k")
 
-# %% ../nbs/02h_segmentation.ipynb #21670a28
+# %% ../nbs/02h_segmentation.ipynb #31662de2
 def _check_masks(masks, classes, ignore_index, name):
     if masks.is_floating_point():
         raise TypeError(f"the masks of {name} are {masks.dtype}, expected integers: class ids")
