@@ -130,6 +130,7 @@ def fit(self:TrainedRASA,
     if not self.reaugment:
         kind = "memmap" if folder else "float32"
         return self.fit_tokens(collect_tokens(encoder, shown, reading, kind, folder), source)
+    if folder: raise ValueError(f"folder={str(folder)!r}: reaugment=True keeps no tokens, it makes them anew")
     grid_size = check_image_size(reading.size, encoder.patch_size)
     anew = self._encoded_anew(encoder, data, reading)
     return self._fit_heads(anew, len(data), grid_size, encoder.embed_dim, source)

@@ -89,6 +89,7 @@ def test_what_cannot_be_trained_on():
         (lambda: one.fit_tokens(torch.ones(20, 4, 4, 12)), "constant"),
         (lambda: one.fit_tokens(z[:, :1, :1]), "single patch"),
         (lambda: one.fit(broken, scenes), "tokens of image .* are not finite"),
+        (lambda: anew.fit(broken, scenes, folder="."), "folder='.': reaugment=True keeps no tokens"),
         (lambda: anew.fit(broken, scenes), "tokens of image .* are not finite"),
         (lambda: TrainedRASA(2, targets="fourier").fit_tokens(z), "1 to 1, since each head takes 7"),
         (lambda: TrainedRASA(basis="both").fit_tokens(z), "basis='both': expected 'global' or 'pairwise'")]
