@@ -105,14 +105,14 @@ def from_dict(cls:Comparison, record):
 def show(self:Comparison):
     "Returns a figure: R² left, and the gain in mIoU for each k, mean and std over seeds; a line per method."
     methods = list(self.miou)
-    lines, size = np.arange(len(methods)), (3 + 2 * len(self.ks), .9 + .24 * len(methods))
+    lines, size = np.arange(len(methods)), (4 + 2 * len(self.ks), 1.2 + .24 * len(methods))
     fig, axes = plt.subplots(1, 1 + len(self.ks), figsize=size, sharey=True, layout="constrained")
     for ax in axes: ax.axvline(0, color="0.6", lw=1, zorder=0)
     looks = {"ridge augmented": dict(marker="o"), "ridge upright": dict(marker="D", mfc="white")}
     for color, (what, look) in zip(sns.color_palette("colorblind"), looks.items()):
         r2 = [self.r2[what][name] for name in methods]
-        axes[0].plot(r2, lines, ls="", color=color, ms=5, label=what.split()[1], **look)
-    axes[0].legend(frameon=False, fontsize=8)
+        axes[0].plot(r2, lines, ls="", color=color, ms=5, label=f"{what.split()[1]} images", **look)
+    fig.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=8)
     axes[0].set(title="position R²", yticks=lines, yticklabels=methods, ylim=(len(methods) - .4, -.6))
     for ax, k in zip(axes[1:], self.ks):
         gains = torch.stack([self.gain(name, k) for name in methods])
@@ -144,7 +144,8 @@ def compare_methods(
     miou = {name: {int(n): runs.miou.tolist() for n, runs in of.groupby("k")}
             for name, of in result.frame.groupby("encoder", sort=False)}
     rank = {"none": 0} | {name: _rank_removed(e) for name, e in encoders.items() if name != "none"}
-    return Comparison(encoder.name, learn.describe(), score.describe(), rank, r2, miou, asdict(result.protocol))
+    about = encoder.name, learn.describe(), score.describe()
+    return Comparison(*about, rank, r2, miou, asdict(result.protocol))
 
 def _ready(methods, encoder, learn, reading):
     "Name -> encoder, in order: those that are ready, and the removers fitted and attached."
@@ -233,7 +234,7 @@ def show(self:Choice):
     ax.axvline(0, color="0.6", lw=1, zorder=0)
     ax.set(yticks=lines, yticklabels=lines.index, ylim=(len(lines) - .4, -.6))
     ax.set_xlabel("mean gain in mIoU, points")
-    ax.legend(frameon=False, fontsize=8)
+    fig.legend(loc="outside right upper", frameon=False, fontsize=8)
     sns.despine(fig, left=True)
     plt.close(fig)
     return fig
