@@ -112,8 +112,9 @@ def check_request(
     grids = {name: check_image_size(reading.size, e.patch_size) for name, e in encoders.items()}
     for name, grid in grids.items():
         if math.prod(grid) == 1:
-            raise ValueError(f"{name}: an image of {reading.size} px is a single patch, which has one place only; "
-                             f"take a size of {2 * encoders[name].patch_size} or more")
+            least = 2 * encoders[name].patch_size
+            raise ValueError(f"{name}: an image of {reading.size} px is a single patch, which has one place "
+                             f"only; take a size of {least} or more")
     return encoders, reading, grids
 
 # %% ../nbs/02d_measures.ipynb #c015
@@ -209,7 +210,7 @@ class PositionR2(Measured):
 def position_r2(
     encoders,              # name -> encoder, or one encoder
     data,                  # images; half fit the probe, half score it
-    reading=None,          # a `Reading`, or a size in pixels; augmented as published; `augment="none"`: upright
+    reading=None,          # a `Reading`, or a size in pixels; augmented unless it says augment="none"
     probe:str="ridge",     # "ridge" (linear), or "mlp" (a small network)
 ) -> PositionR2:
     "Returns how much of row and column a probe reads off tokens of images it was not fitted on."

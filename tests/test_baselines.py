@@ -135,7 +135,6 @@ MOMENTS = Moments.of(TOKENS)
 
 
 @pytest.mark.parametrize("call, match", [
-    (lambda: BlankSVD(0).fit_moments(MOMENTS), "n_directions=0"),
     (lambda: BlankSVD(2.5).fit_moments(MOMENTS), "n_directions=2.5"),
     (lambda: BlankSVD(1).fit_moments(Moments.of(torch.ones(1, 1, 1, 6))), "no position to learn"),
     (lambda: RemovePCA(0).fit_moments(MOMENTS), "n_components=0"),
