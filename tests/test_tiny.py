@@ -1,23 +1,30 @@
-"""The bundled encoder: its file is checked, it loads fast, and its recipe runs, resumes and refuses nonsense."""
+"""The bundled encoder: its file is checked, it loads fast, its recipe runs, resumes and refuses nonsense."""
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import papermill as pm
 import pytest
-import torch
 from papermill.exceptions import PapermillExecutionError
 
-from rasa_nb import encoders
+from rasa_nb import checkpoints, encoders
+from rasa_nb.measures import position_r2
+from rasa_nb.scenes import Scenes
 
-notebook = Path(__file__).parent.parent / "nbs" / "01a_tiny.ipynb"
+root = Path(__file__).parent.parent
+notebook = root / "nbs" / "studies" / "tiny.ipynb"
+weights = root / "rasa_nb" / "weights" / "tiny.safetensors"
+small = dict(steps=4, eval_every=4, batch_size=4, n_train=40, n_eval=16, kmeans_seeds=0)
 
 
 def recipe(tmp_path, folder, **parameters):
-    out = tmp_path / f"{folder}.ipynb"
-    return pm.execute_notebook(notebook, out, {"out_dir": str(tmp_path / folder), **parameters}, progress_bar=False)
+    "The executed notebook, whose files are in a folder of this name."
+    given = {**small, "out_dir": str(tmp_path / folder), **parameters}
+    return pm.execute_notebook(notebook, tmp_path / f"{folder}.ipynb", given, progress_bar=False)
 
 
 def digest(path): return hashlib.sha256(path.read_bytes()).hexdigest()
@@ -25,58 +32,73 @@ def digest(path): return hashlib.sha256(path.read_bytes()).hexdigest()
 
 @pytest.mark.parametrize("damage", ["truncated", "altered", "absent"])
 def test_weights_that_are_not_the_released_file_are_refused(tmp_path, monkeypatch, damage):
-    whole = bytearray(encoders._tiny_file.read_bytes())
-    if damage == "altered": whole[len(whole) // 2] ^= 1
-    copy = tmp_path / "tiny.safetensors"
-    if damage != "absent": copy.write_bytes(whole[:-1000] if damage == "truncated" else whole)
-    monkeypatch.setattr(encoders, "_tiny_file", copy)
-    with pytest.raises(ValueError, match=r"tiny\.safetensors is not the file that was released .*reinstall rasa_nb"): encoders.load_encoder("tiny", device="cpu")
+    copy = tmp_path / "weights" / "tiny.safetensors"
+    copy.parent.mkdir()
+    content = bytearray(weights.read_bytes())
+    if damage == "altered": content[len(content) // 2] ^= 1
+    if damage == "truncated": content = content[:-1000]
+    if damage != "absent": copy.write_bytes(content)
+    monkeypatch.setattr(encoders, "resources", SimpleNamespace(files=lambda package: tmp_path))
+    with pytest.raises(ValueError, match=r"is not the file that was released .*reinstall rasa_nb"):
+        encoders.load_encoder("tiny", device="cpu")
 
 
-def test_the_file_is_small_and_the_one_that_is_expected():
-    assert encoders._tiny_file.stat().st_size < 5.6e6
-    assert digest(encoders._tiny_file) == encoders.TINY_SHA256
+def test_the_file_is_small_and_its_model_card_names_it():
+    assert weights.stat().st_size < 5.6e6
+    assert digest(weights) == encoders.TINY_SHA256
+    assert encoders.TINY_SHA256 in weights.with_name("README.md").read_text()
+
+
+LOADING = """
+import time
+from rasa_nb.encoders import load_encoder, tiny_vit
+start = time.process_time()
+load_encoder("tiny", device="cpu")
+print(time.process_time() - start)
+"""
 
 
 def test_it_loads_in_under_a_second_after_imports():
-    code = ("import time, torch; from rasa_nb.encoders import load_encoder, tiny_vit; t = time.process_time(); "
-            "e = load_encoder('tiny', device='cpu'); print(time.process_time() - t)")
-    seconds = float(subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True).stdout)
-    assert seconds < 1, seconds
+    call = [sys.executable, "-W", "ignore", "-c", LOADING]
+    assert float(subprocess.run(call, capture_output=True, text=True, check=True).stdout) < 1
 
 
 def test_it_is_no_random_network(tiny):
-    torch.manual_seed(0)
-    from rasa_nb.data import Scenes
-    from rasa_nb.measures import position_r2
     assert position_r2(tiny, Scenes("train", 120, seed=6)).mean["tiny"] > .6
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    "One run of twenty steps without interruption: (the folder above its own, the executed notebook)."
-    tmp = tmp_path_factory.mktemp("tiny")
-    return tmp, recipe(tmp, "whole", steps=20, eval_every=20)
+    "The folder of a short run without interruption, and the executed notebook."
+    tmp_path = tmp_path_factory.mktemp("tiny")
+    return tmp_path / "whole", recipe(tmp_path, "whole")
 
 
-def test_twenty_steps_of_the_recipe(whole):
-    tmp, nb = whole
-    record = json.loads((tmp / "whole" / "run.json").read_text())
-    assert record["steps"] == 20 and record["params"]["objective"] == "gradients" and record["curve"][-1]["step"] == 20
-    assert {p.name for p in (tmp / "whole").iterdir()} == {"checkpoint.pt", "run.json", "tiny.safetensors"}
-    model = encoders.tiny_vit()
-    encoders.load_strictly(model, encoders.read_checkpoint(tmp / "whole" / "tiny.safetensors"))
-    assert any("image/png" in o.get("data", {}) for c in nb.cells if c.cell_type == "code" for o in c.outputs)
+def test_the_recipe_leaves_a_record_and_weights_that_load(whole):
+    folder, executed = whole
+    record = json.loads((folder / "run.json").read_text())
+    assert record["steps"] == 4 and record["curve"][-1]["step"] == 4
+    assert {path.name for path in folder.iterdir()} == {"checkpoint.pt", "run.json", "tiny.safetensors"}
+    state = checkpoints.read_checkpoint(folder / "tiny.safetensors")
+    checkpoints.load_strictly(encoders.tiny_vit(), state)
+    outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
 
 
-def test_an_interrupted_run_ends_with_the_same_weights(whole):
-    tmp, _ = whole
-    recipe(tmp, "parts", steps=20, eval_every=20, stop_after=7, kmeans_seeds=0)
-    assert not (tmp / "parts" / "tiny.safetensors").exists()
-    recipe(tmp, "parts", steps=20, eval_every=20, kmeans_seeds=0)
-    assert digest(tmp / "whole" / "tiny.safetensors") == digest(tmp / "parts" / "tiny.safetensors")
+def test_an_interrupted_run_ends_with_the_same_weights(whole, tmp_path):
+    recipe(tmp_path, "parts", stop_after=2)
+    assert not (tmp_path / "parts" / "tiny.safetensors").exists()
+    recipe(tmp_path, "parts")
+    assert digest(tmp_path / "parts" / "tiny.safetensors") == digest(whole[0] / "tiny.safetensors")
+
+
+def test_a_checkpoint_of_other_parameters_is_refused(whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "other")
+    with pytest.raises(PapermillExecutionError, match="other parameters .lr=0.008.: choose another out_dir"):
+        recipe(tmp_path, "other", lr=.004)
 
 
 def test_a_misspelt_parameter_is_refused_before_anything_is_computed(tmp_path):
-    with pytest.raises(PapermillExecutionError, match="no parameter 'stepz'; nearest: steps"): recipe(tmp_path, "run", stepz=5)
+    with pytest.raises(PapermillExecutionError, match="no parameter 'stepz'; nearest: steps"):
+        recipe(tmp_path, "run", stepz=5)
     assert not (tmp_path / "run").exists()
