@@ -69,25 +69,43 @@ def test_mathematics_needs_no_script(build):
     assert 'display="block"' in build.math("$$\\sum_i x_i$$")
 
 
+def explained(build, obj):
+    "What a page of the folder tutorials says of a name."
+    from nbdev.showdoc import show_doc
+    here = page(build, "tutorials")
+    here.module, here.api = sys.modules[obj.__module__], []
+    return build.explained(show_doc(obj)._repr_markdown_(), here, {})
+
+
 def test_a_signature_shows_every_parameter_and_links_names(build):
     from rasa_nb.moments import collect_moments
-    code = build.signature("collect_moments", collect_moments)
-    for part in ("def collect_moments(", "random_state:int=0", "# of the augmentation", ") -> Moments"): assert part in code
-    shown = build.highlighted(code, page(build, "tutorials"), {}, {"collect_moments"})
-    assert '<a href="../moments.html#moments">Moments</a>' in shown and '<a href="../patch_encoder.html#patchencoder">PatchEncoder</a>' in shown
+    shown = explained(build, collect_moments)
+    for part in ("### collect_moments { #collect_moments .api }", "moments_file", "# sums are saved here every half minute"):
+        assert part in shown
+    assert '<a href="../moments.html#moments">Moments</a>' in shown
+    assert '<a href="../patch_encoder.html#patchencoder">PatchEncoder</a>' in shown
+    assert "moments.py#L" in shown and "LNone" not in shown
+
+
+def test_a_method_told_in_pieces_has_a_place_of_its_own(build):
+    from rasa_nb.rasa import PositionRemover
+    assert "### PositionRemover.attach { #positionremover.attach .api }" in explained(build, PositionRemover.attach)
 
 
 def test_a_default_with_a_name_is_shown_by_it(build):
     from rasa_nb.segmentation import overcluster
-    assert "protocol=LEOPART" in build.signature("overcluster", overcluster)
+    shown = explained(build, overcluster)
+    assert "LEOPART" in shown and "points_per_centroid" not in shown
 
 
-def test_navigation_takes_any_notebook_in_order(build):
+def test_navigation_has_a_section_for_every_notebook_or_stops(build):
     def one(source):
         nb = build.Notebook.__new__(build.Notebook)
-        nb.source, nb.folder, nb.title = source, str(Path(source).parent).replace(".", ""), source; nb.page = source.replace(".ipynb", ".md")
+        nb.source, nb.folder, nb.title = source, str(Path(source).parent).replace(".", ""), source
+        nb.page = source.replace(".ipynb", ".md")
         return nb
-    nav = build.navigation([one(s) for s in sorted(["index.ipynb", "00_a.ipynb", "02f_new.ipynb", "tutorials/b.ipynb", "tutorials/a.ipynb", "more_things/c.ipynb"])])
-    assert [next(iter(n)) for n in nav] == ["Home", "More things", "Tutorials", "Library"]
-    assert [next(iter(e.values())) for e in nav[2]["Tutorials"]] == ["tutorials/a.md", "tutorials/b.md"]
-    assert [next(iter(e.values())) for e in nav[3]["Library"]] == ["00_a.md", "02f_new.md", "names.md"]
+    names = sorted(["index.ipynb", "00_a.ipynb", "02b_b.ipynb", "02d_c.ipynb", "tutorials/b.ipynb", "tutorials/a.ipynb"])
+    nav = build.navigation([one(s) for s in names])
+    assert [next(iter(n)) for n in nav] == ["Home", "Images", "Removing position", "Measuring and scoring", "Tutorials", "All names"]
+    assert [next(iter(e.values())) for e in nav[4]["Tutorials"]] == ["tutorials/a.md", "tutorials/b.md"]
+    with pytest.raises(SystemExit, match="no section for more/c.ipynb"): build.navigation([one("more/c.ipynb")])
