@@ -45,7 +45,7 @@ class Config:
     download: bool = True     # fetch VOC (2.0 GB) into data_dir where it is absent
     n_images: int = 0         # at most so many images to learn from, and to score; 0: all
     image_size: int = 0       # pixels; 0: 96 for scenes, 448 for all others
-    method: str = "rasa"      # how position is removed: "rasa", "position_mean", "trained", ..., see METHODS
+    method: str = "rasa"      # how position is removed: "rasa", "trained", ..., see rasa_nb.run.METHODS
     k: str = "auto"           # clusters: a number, "21,100", or "auto": the number of classes, 100 and 300
     seeds: int = 5            # K-means seeds; scores are mean and std over them
     out_dir: str = "runs"     # a folder of the run's name is made in it

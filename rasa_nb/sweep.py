@@ -249,7 +249,7 @@ def sweep(
     notebook:str="auto",   # the page to execute; "none": the module alone; "auto": 03_train.ipynb, if found
     share:bool=True,       # tokens and scores between runs of one encoder; tokens take disk meanwhile
     slurm:dict=None,       # options of submitit, which then makes the runs: dict(slurm_partition="gpu")
-    say=print,             # what a line is said with
+    say=partial(print, flush=True),    # what a line is said with
 ):
     "Makes every run that is missing. Returns a table of all: outcome, seconds, and why it failed."
     import pandas as pd

@@ -1,4 +1,4 @@
-"""The run as its user starts it: by papermill, by command, and in Python; with good and with bad parameters."""
+"""The run as its user starts it: by papermill, by command, in Python; with good and with bad parameters."""
 import ast
 import json
 import os
@@ -105,9 +105,8 @@ def test_the_page_and_the_config_agree():
 
 @pytest.mark.parametrize("parameters, message", [
     (dict(modle="vits"), "unknown parameter 'modle', did you mean 'model'"),
-    (dict(solver="closed_form"), "'rasa' \\(was solver closed_form"),
-    (dict(image_size=100), "nearest to 100: 96 or 104")])
-def test_bad_parameters_by_papermill_are_refused_before_the_work(tmp_path, parameters, message):
+    (dict(solver="closed_form"), "'rasa' \\(was solver closed_form")])
+def test_bad_names_by_papermill_are_refused_before_the_work(tmp_path, parameters, message):
     with pytest.raises(PapermillExecutionError, match=message): papermill(tmp_path, **parameters)
     assert not list(tmp_path.glob("runs/*"))
 
@@ -126,10 +125,15 @@ def test_bad_parameters_by_papermill_are_refused_before_the_work(tmp_path, param
     (dict(method="closed_form"), "'closed_form' is now 'rasa'"),
     (dict(checkpoint="/no/file"), "checkpoint='/no/file': no such file"),
     (dict(run_name="a/b"), "expected a plain folder name"),
-    (dict(method="paper", moments_file="sums"), "method='paper' does not learn from sums .*rasa, position_mean"),
+    (dict(method="paper", moments_file="sums"), "'paper' does not learn from sums .*rasa, position_mean"),
 ])
 def test_bad_parameters(parameters, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message): Config(**parameters)
+
+
+def test_a_size_that_is_no_multiple_of_the_patch_is_refused_before_images_are_read(tmp_path):
+    config = Config(image_size=100, data="voc", data_dir=str(tmp_path), download=False)
+    with pytest.raises(ValueError, match="nearest to 100: 96 or 104"): fit_run(config, progress=False)
 
 
 @pytest.mark.parametrize("name", ["targets", "n_iter", "solver"])
@@ -169,7 +173,8 @@ def test_runs_that_share_a_cache_give_the_numbers_of_runs_that_do_not(tmp_path):
         shared = train(Config(cache_dir=str(tmp_path), **least), progress=False)
         assert shared.result.frame.miou.tolist() == alone.result.frame.miou.tolist()
         assert shared.r2.mean == alone.r2.mean
-    assert len(list((tmp_path / "tokens").glob("*.npy"))) == 3   # images to learn from, probe, and cluster
+    kept = list((tmp_path / "tokens").glob("*.npy"))
+    assert len(kept) == 4   # images to learn from, to probe, to cluster, and the figure's
 
 
 def test_missing_weights_are_told_within_seconds(tmp_path, monkeypatch):
@@ -191,16 +196,17 @@ def test_missing_data_says_where_and_how(tmp_path, deit_file):
 
 
 def test_real_weights_on_real_photographs(tmp_path, deit_file, voc_root):
-    config = Config(model="deit_tiny_patch16_224", checkpoint=str(deit_file), data_dir=str(voc_root), n_images=60,
-                    image_size=224, k=21, seeds=1, out_dir=str(tmp_path))
+    data = dict(data_dir=str(voc_root), n_images=60, image_size=224)
+    config = Config(model="deit_tiny_patch16_224", checkpoint=str(deit_file), k=21, seeds=1, **data)
     run = train(config, progress=False)
     assert run.result.protocol.image_size == 224 and set(run.result.absent) >= {"train"}
     assert run.r2.mean["before"] > run.r2.mean["after"]
 
 
 def test_an_interrupted_fit_goes_on_from_its_sums(tmp_path, monkeypatch):
-    "The second run encodes only images that the first had not come to, and learns what one without a break does."
-    seen, fitted = [], RASA().fit(load_encoder("tiny"), Scenes("train").first(80))
+    "The first encodes a batch and stops in the next; the second goes on there, and learns the same."
+    seen, small = [], dict(n_images=24, batch_size=8)
+    fitted = RASA().fit(load_encoder("tiny"), Scenes("train").first(24))
 
     def stopping(*args):
         encoder = load_encoder("tiny")
@@ -213,10 +219,10 @@ def test_an_interrupted_fit_goes_on_from_its_sums(tmp_path, monkeypatch):
         encoder.forward = forward
         return encoder
     monkeypatch.setattr("rasa_nb.load_encoder", stopping, raising=False)
-    config = Config(out_dir=str(tmp_path / "runs"), moments_file=str(tmp_path / "sums"), n_images=80)
+    config = Config(out_dir=str(tmp_path / "runs"), moments_file=str(tmp_path / "sums"), **small)
     with pytest.raises(KeyboardInterrupt): fit_run(config, progress=False)
     after = fit_run(config, progress=False)
-    assert seen[:4] == [32, 32, 32, 16]
+    assert seen[:4] == [8, 8, 8, 8]
     assert torch.allclose(after.debiased.head.projector, fitted.projector_, atol=1e-5)
 
 
@@ -232,7 +238,8 @@ def test_the_command_makes_the_same_run(tmp_path, capsys, monkeypatch):
 
 def test_the_help_is_there_before_torch_is(tmp_path):
     "And explains every parameter in the words of the source."
-    code = "import sys; from rasa_nb.{0} import main\ntry: main(['--help'])\nfinally: assert 'torch' not in sys.modules"
+    code = ("import sys\nfrom rasa_nb.{0} import main\n"
+            "try: main(['--help'])\nfinally: assert 'torch' not in sys.modules")
     for name in ("run", "sweep"):
         environment = os.environ | dict(COLUMNS="300", PYTHONPATH=str(notebook.parent.parent))
         done = subprocess.run([sys.executable, "-c", code.format(name)], cwd=tmp_path, env=environment,

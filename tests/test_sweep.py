@@ -45,9 +45,10 @@ def page(tmp_path_factory):
     return str(path)
 
 
-def in_a_process(*args, **kwargs):
+def in_a_process(asked, folder, page):
     "A sweep in a process of its own, as another command would start it."
-    process = multiprocessing.get_context("fork").Process(target=sweep, args=args, kwargs=kwargs)
+    request = dict(notebook=page, say=silent)
+    process = multiprocessing.get_context("fork").Process(target=sweep, args=(asked, folder), kwargs=request)
     process.start()
     return process
 
@@ -60,7 +61,7 @@ def wait_for(condition, seconds=60):
 
 def test_a_sweep_that_was_killed_goes_on_where_it_was(page, tmp_path):
     "Two methods x three seeds, killed in the third run: the second start makes the rest only."
-    process = in_a_process(six, tmp_path, notebook=page, say=silent)
+    process = in_a_process(six, tmp_path, page)
     wait_for(lambda: len(list(tmp_path.glob("*/run.json"))) >= 2)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
@@ -76,7 +77,7 @@ def test_a_sweep_that_was_killed_goes_on_where_it_was(page, tmp_path):
 
 def test_two_sweeps_at_once_make_each_run_once(page, tmp_path):
     asked = dict(seed=[0, 1, 2])
-    other = in_a_process(asked, tmp_path, notebook=page, say=silent)
+    other = in_a_process(asked, tmp_path, page)
     table = sweep(asked, tmp_path, notebook=page, say=silent)
     other.join()
     assert other.exitcode == 0 and sorted(made(tmp_path)) == sorted(table.index)
@@ -84,14 +85,14 @@ def test_two_sweeps_at_once_make_each_run_once(page, tmp_path):
 
 
 def test_a_run_that_another_sweep_has_is_waited_for(page, tmp_path):
-    "Taken by a process that makes it, then by one that is killed: the first is found finished, the second made here."
+    "Taken by a process that makes it, it is found finished; by one that is killed, it is made here."
     first, second = plan(dict(seed=[0, 1], n_images=[10]))
-    other = in_a_process(dict(seed=[0], n_images=[10]), tmp_path, notebook=page, say=silent)
+    other = in_a_process(dict(seed=[0], n_images=[10]), tmp_path, page)
     wait_for(lambda: (tmp_path / "made").exists())
     assert make_run(first, tmp_path, page)["outcome"] == "taken"
     assert make_run(first, tmp_path, page, wait=True)["outcome"] == "finished elsewhere"
     other.join()
-    other = in_a_process(dict(seed=[1], n_images=[10]), tmp_path, notebook=page, say=silent)
+    other = in_a_process(dict(seed=[1], n_images=[10]), tmp_path, page)
     wait_for(lambda: len(made(tmp_path)) == 2)
     os.kill(other.pid, signal.SIGKILL)
     assert make_run(second, tmp_path, page, wait=True)["outcome"] == "finished"
