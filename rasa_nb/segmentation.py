@@ -40,7 +40,7 @@ def overcluster(
     folder=None,          # where finished runs are kept and found again; None: nowhere
     store:str="auto",     # tokens as "float32", "float16" or "memmap"; "auto": the first that fits
     examples=(0, 1, 2),   # images whose cluster maps are kept for `show`
-) -> "OverclusterResult":
+):
     """Returns the mIoU of every encoder for every k and seed.
     Images are scored at the data's `native_size`; else at the reading's size, else at the protocol's."""
     if data.num_classes is None: raise ValueError(f"{data.name} has no masks to score against")
