@@ -337,6 +337,7 @@ def main(argv=None):
         parameters = _parameters(options)
         if not options["dry_run"]: return _report(sweep(parameters, **given), given["out_dir"])
         for planned in plan(parameters): print(": ".join(filter(None, (planned.name, planned.error))))
+        return 0
     except (ValueError, FileNotFoundError, ImportError) as e: parser.error(str(e))
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here")
