@@ -1,8 +1,8 @@
-"""Runs nbs/studies/tiny.ipynb once per objective with one budget, into benchmarks/results/tiny_objectives.json.
+"""Runs nbs/studies/tiny.ipynb once per objective, into benchmarks/results/tiny_objectives.json.
 
     python benchmarks/tiny_objectives.py [--steps 130] [--only NAME]
 
-Rows that the file already holds for the same parameters are kept: interrupt it and start it again as you like.
+Rows that the file already holds for the same parameters are kept, so you can stop it and start it again.
 """
 import argparse
 import json
@@ -30,7 +30,8 @@ ROWS = {
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--n-train", type=int, default=3000)

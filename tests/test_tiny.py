@@ -1,7 +1,6 @@
 """The bundled encoder: its file is checked, it loads fast, its recipe runs, resumes and refuses nonsense."""
 import hashlib
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -67,35 +66,19 @@ def test_it_is_no_random_network(tiny):
     assert position_r2(tiny, Scenes("train", 120, seed=6)).mean["tiny"] > .6
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    "The folder of a short run without interruption, and the executed notebook."
-    tmp_path = tmp_path_factory.mktemp("tiny")
-    return tmp_path / "whole", recipe(tmp_path, "whole")
-
-
-def test_the_recipe_leaves_a_record_and_weights_that_load(whole):
-    folder, executed = whole
-    record = json.loads((folder / "run.json").read_text())
-    assert record["steps"] == 4 and record["curve"][-1]["step"] == 4
+def test_the_recipe_goes_on_where_it_stopped_and_leaves_a_record_and_weights_that_load(tmp_path):
+    folder = tmp_path / "run"
+    recipe(tmp_path, "run", stop_after=2)
+    assert not (folder / "tiny.safetensors").exists()
+    executed = recipe(tmp_path, "run")
+    outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
+    assert any("going on from step 2" in output.get("text", "") for output in outputs)
+    assert any("image/png" in output.get("data", {}) for output in outputs)
     assert {path.name for path in folder.iterdir()} == {"checkpoint.pt", "run.json", "tiny.safetensors"}
+    record = json.loads((folder / "run.json").read_text())
+    assert [point["step"] for point in record["curve"]] == [0, 4]
     state = checkpoints.read_checkpoint(folder / "tiny.safetensors")
     checkpoints.load_strictly(encoders.tiny_vit(), state)
-    outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
-    assert any("image/png" in output.get("data", {}) for output in outputs)
-
-
-def test_an_interrupted_run_ends_with_the_same_weights(whole, tmp_path):
-    recipe(tmp_path, "parts", stop_after=2)
-    assert not (tmp_path / "parts" / "tiny.safetensors").exists()
-    recipe(tmp_path, "parts")
-    assert digest(tmp_path / "parts" / "tiny.safetensors") == digest(whole[0] / "tiny.safetensors")
-
-
-def test_a_checkpoint_of_other_parameters_is_refused(whole, tmp_path):
-    shutil.copytree(whole[0], tmp_path / "other")
-    with pytest.raises(PapermillExecutionError, match="other parameters .lr=0.008.: choose another out_dir"):
-        recipe(tmp_path, "other", lr=.004)
 
 
 def test_a_misspelt_parameter_is_refused_before_anything_is_computed(tmp_path):
