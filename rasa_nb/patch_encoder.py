@@ -260,7 +260,9 @@ def official_resampling(
     return next((way for pattern, way in OFFICIAL_RESAMPLING.items() if fnmatch(name, pattern)), None)
 
 # %% ../nbs/01_patch_encoder.ipynb #c021
-def timm_parts(model) -> Parts:
+def timm_parts(
+    model,   # a ViT of timm
+) -> Parts:
     "Returns the parts of a ViT of timm."
     if not hasattr(model, "blocks") or not hasattr(model, "patch_embed"):
         raise TypeError(f"{type(model).__name__} is no ViT: no blocks or patch_embed. "
@@ -302,7 +304,9 @@ _sized = {"vit", "vit_mae", "clip_vision_model", "siglip_vision_model"}   # othe
 _unsized = {"dinov2", "dinov2_with_registers", "dinov3_vit"}
 _norms = ("layernorm", "norm", "post_layernorm")
 
-def transformers_parts(model) -> Parts:
+def transformers_parts(
+    model,   # an object of one of the seven classes
+) -> Parts:
     "Returns the parts of one of seven ViT classes of transformers: DINOv2 to DINOv3, ViT, MAE, CLIP, SigLIP."
     config, kind = model.config, model.config.model_type
     if kind not in _sized | _unsized:
@@ -368,7 +372,9 @@ def _position_by(embeddings, patch_size, resampling):
     finally: del embeddings.interpolate_pos_encoding
 
 # %% ../nbs/01_patch_encoder.ipynb #c041
-def hub_parts(model) -> Parts:
+def hub_parts(
+    model,   # with `blocks`, `norm` and `patch_embed`
+) -> Parts:
     "Returns the parts of a ViT in the manner of DINO, DINOv2, DINOv3 and Franca."
     missing = [n for n in ("blocks", "norm", "patch_embed") if not hasattr(model, n)]
     if missing:
