@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Planned', 'plan', 'finished', 'find_notebook', 'module_notebook', 'make_run', 'one_gpu', 'run_here', 'run_on_slurm',
-           'sweep', 'main']
+           'run_sweep', 'main']
 
 # %% ../nbs/03a_sweep.ipynb #c003
 import itertools, json, os, platform, re, shutil, signal, sys, time
@@ -242,7 +242,7 @@ def _known(planned, out):
     return _row(planned.name, "finished before") if done else None
 
 # %% ../nbs/03a_sweep.ipynb #c036
-def sweep(
+def run_sweep(
     parameters:dict,       # name -> list of values, see `plan`
     out_dir:str="runs",    # folder of the runs; those that are finished in it are not made again
     jobs:int=0,            # runs at once; 0: one per GPU, or one; on Slurm, as many as it grants
@@ -312,7 +312,7 @@ def _parser():
     add("--seeds", type=int, default=1, metavar="N", help="fits per combination: seed 0 to N-1; default: 1")
     add("-p", nargs="+", action="append", default=[], metavar=("NAME", "VALUE"), dest="parameter",
         help="any other parameter of a run, and its values; may be given several times")
-    add_options(parser, sweep, ["out_dir", "jobs", "notebook", "share"])
+    add_options(parser, run_sweep, ["out_dir", "jobs", "notebook", "share"])
     add("--slurm", nargs="*", type=_pair, metavar="KEY=VALUE",
         help="make the runs on Slurm, with these options of submitit")
     add("--dry_run", "--dry-run", action="store_true", help="say which runs there would be, and stop")
@@ -335,7 +335,7 @@ def main(argv=None):
     if options["slurm"] is not None: given["slurm"] = dict(options["slurm"])
     try:
         parameters = _parameters(options)
-        if not options["dry_run"]: return _report(sweep(parameters, **given), given["out_dir"])
+        if not options["dry_run"]: return _report(run_sweep(parameters, **given), given["out_dir"])
         for planned in plan(parameters): print(": ".join(filter(None, (planned.name, planned.error))))
         return 0
     except (ValueError, FileNotFoundError, ImportError) as e: parser.error(str(e))

@@ -11,7 +11,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
 from rasa_nb.report import read_runs
-from rasa_nb.sweep import finished, main, make_run, one_gpu, plan, sweep
+from rasa_nb.sweep import finished, main, make_run, one_gpu, plan, run_sweep
 
 pretended = """
 import json, os, pathlib, time
@@ -67,7 +67,7 @@ def test_a_sweep_that_was_killed_goes_on_where_it_was(page, tmp_path):
     process.join()
     times = {path.parent.name: path.stat().st_mtime_ns for path in tmp_path.glob("*/run.json")}
     assert 2 <= len(times) < 6
-    table = sweep(six, tmp_path, notebook=page, say=silent)
+    table = run_sweep(six, tmp_path, notebook=page, say=silent)
     assert len(table) == 6 and set(table.outcome) == {"finished before", "finished"}
     for name, then in times.items():
         assert table.outcome[name] == "finished before"
@@ -78,7 +78,7 @@ def test_a_sweep_that_was_killed_goes_on_where_it_was(page, tmp_path):
 def test_two_sweeps_at_once_make_each_run_once(page, tmp_path):
     asked = dict(seed=[0, 1, 2])
     other = in_a_process(asked, tmp_path, page)
-    table = sweep(asked, tmp_path, notebook=page, say=silent)
+    table = run_sweep(asked, tmp_path, notebook=page, say=silent)
     other.join()
     assert other.exitcode == 0 and sorted(made(tmp_path)) == sorted(table.index)
     assert all(outcome.startswith("finished") for outcome in table.outcome)
@@ -125,8 +125,8 @@ def test_a_run_that_failed_in_another_sweep_meanwhile_is_not_tried_again(page, t
 def test_by_submitit(page, tmp_path):
     "Its local executor, in processes of their own: a good run, one that raises, one that is there already."
     pytest.importorskip("submitit")
-    sweep(dict(n_images=[0]), tmp_path, notebook=page, say=silent)
-    table = sweep(dict(n_images=[0, 1, 8]), tmp_path, notebook=page, slurm=dict(cluster="local"), say=silent)
+    run_sweep(dict(n_images=[0]), tmp_path, notebook=page, say=silent)
+    table = run_sweep(dict(n_images=[0, 1, 8]), tmp_path, notebook=page, slurm=dict(cluster="local"), say=silent)
     assert table.outcome.sort_index().tolist() == ["finished", "failed", "finished before"]
     assert table.why["tiny-scenes-rasa-n_images=8-seed0"] == "ValueError: 8 does not work"
     assert len(made(tmp_path)) == 3
@@ -135,13 +135,13 @@ def test_by_submitit(page, tmp_path):
 def test_submitit_is_asked_for_only_when_needed(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(ImportError, match="pip install 'rasa_nb\\[slurm\\]'"):
-        sweep(dict(seed=[0]), tmp_path, slurm={}, say=silent)
+        run_sweep(dict(seed=[0]), tmp_path, slurm={}, say=silent)
 
 
 def test_a_real_run_by_the_module_alone(tmp_path):
     "The least that a run on `tiny` can do, where there is no page."
     asked = dict(method=["position_mean"], n_images=[16], k=["12"], seeds=[2])
-    table = sweep(asked, tmp_path, notebook="none", say=silent)
+    table = run_sweep(asked, tmp_path, notebook="none", say=silent)
     assert table.outcome.tolist() == ["finished"]
     files = sorted(path.name for path in (tmp_path / table.index[0]).iterdir())
     assert files == ["figure.png", "head.safetensors", "run.json"]
@@ -182,7 +182,7 @@ def test_other_parameters_under_the_same_name_are_not_taken(tmp_path):
     folder = tmp_path / plan(dict(k=["12"]))[0].name
     folder.mkdir()
     (folder / "run.json").write_text(json.dumps(dict(parameters=dict(model="tiny", k="13"))))
-    table = sweep(dict(k=["12"]), tmp_path, say=silent)
+    table = run_sweep(dict(k=["12"]), tmp_path, say=silent)
     assert "k='13' there, '12' asked" in table.why.iloc[0]
     assert finished(folder, dict(k="13", data_dir="elsewhere"))
 
@@ -200,5 +200,5 @@ def test_requests_that_make_no_sense(arguments, message, tmp_path, capsys):
 
 
 def test_values_that_cannot_work_fail_without_a_process(tmp_path):
-    table = sweep(dict(method=["magic"], download=["maybe"]), tmp_path / "runs", say=silent)
+    table = run_sweep(dict(method=["magic"], download=["maybe"]), tmp_path / "runs", say=silent)
     assert table.outcome.tolist() == ["failed"] and not (tmp_path / "runs").exists()
