@@ -173,7 +173,7 @@ def test_runs_that_share_a_cache_give_the_numbers_of_runs_that_do_not(tmp_path):
         shared = train(Config(cache_dir=str(tmp_path), **least), progress=False)
         assert shared.result.frame.miou.tolist() == alone.result.frame.miou.tolist()
         assert shared.r2.mean == alone.r2.mean
-    kept = list((tmp_path / "tokens").glob("*.npy"))
+    kept = list((tmp_path / "tokens").glob("*.safetensors"))
     assert len(kept) == 4   # images to learn from, to probe, to cluster, and the figure's
 
 
