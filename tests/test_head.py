@@ -2,6 +2,7 @@
 import copy
 import pickle
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -103,3 +104,12 @@ def test_what_is_no_head(tmp_path, deit_file):
         (lambda: RASAHead(torch.eye(5), torch.zeros(2, 2, 4)), "expected .gh, gw, 5.")]
     for call, message in refusals:
         with pytest.raises(ValueError, match=message): call()
+
+
+def test_a_head_at_another_block_is_warned_of_and_at_several_refused(tiny):
+    debiased = RASA().fit(tiny, Scenes("train", 20)).attach(tiny)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert debiased.at(-1).name == debiased.name   # the block it was fitted on
+    with pytest.warns(UserWarning, match="not the same encoder"): debiased.at(2)
+    with pytest.raises(ValueError, match="the head is for D=192"): debiased.at([2, 5])

@@ -74,7 +74,8 @@ def explained(build, obj):
     from nbdev.showdoc import show_doc
     here = page(build, "tutorials")
     here.module, here.api = sys.modules[obj.__module__], []
-    return build.explained(show_doc(obj)._repr_markdown_(), here, {})
+    said = build.names.linkify(show_doc(obj)._repr_markdown_())   # as nbdev's processors hand it on
+    return build.explained(said, here, {})
 
 
 def test_a_signature_shows_every_parameter_and_links_names(build):
@@ -84,7 +85,7 @@ def test_a_signature_shows_every_parameter_and_links_names(build):
         assert part in shown
     assert '<a href="../moments.html#moments">Moments</a>' in shown
     assert '<a href="../patch_encoder.html#patchencoder">PatchEncoder</a>' in shown
-    assert "moments.py#L" in shown and "LNone" not in shown
+    assert "moments.py#L" in shown and "LNone" not in shown and "](" not in shown.split("<pre>")[1].split("</pre>")[0]
 
 
 def test_a_method_told_in_pieces_has_a_place_of_its_own(build):
