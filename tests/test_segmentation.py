@@ -49,10 +49,10 @@ class Counting(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.randn(3, 16, generator=torch.Generator().manual_seed(0)))
-        self.calls = []
+        self._calls = []
 
     def forward(self, images):
-        self.calls.append(len(images))
+        self._calls.append(len(images))
         return F.avg_pool2d(images, 8).permute(0, 2, 3, 1) @ self.weight
 
 
@@ -173,7 +173,7 @@ def test_attached_heads_share_the_encoding_and_score_as_if_encoded():
     twice = DebiasedEncoder(DebiasedEncoder(base, head), RASAHead(torch.diag(torch.arange(1., 17))))
     encoders, request = {"base": base, "twice": twice}, (12, FRANCA.replace(mask_size=(40, 50)), (0, 1))
     result = overcluster(encoders, data, *request, Reading(batch_size=12))
-    assert base.model.calls == [12]
+    assert base.model._calls == [12]
     shown = batches(Transformed(data, Evaluation(96, (40, 50))))
     tokens, masks = zip(*((twice(images).detach(), masks) for images, masks in shown))
     alone = overcluster_tokens({"twice": torch.cat(tokens)}, torch.cat(masks), data.classes, *request)
@@ -228,9 +228,9 @@ def test_an_interrupted_call_goes_on_where_it_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(segmentation, "cluster_run", lambda *args: made.append(args) or real(*args))
     resumed = call()
     assert len(made) == 4 and resumed.frame.seed.tolist() == [0, 1, 2, 3]
-    encodings = len(encoder.model.calls)
+    encodings = len(encoder.model._calls)
     monkeypatch.setattr(segmentation, "cluster_run", None)     # all there: nothing is computed or encoded
-    assert (call().frame.miou == resumed.frame.miou).all() and len(encoder.model.calls) == encodings
+    assert (call().frame.miou == resumed.frame.miou).all() and len(encoder.model._calls) == encodings
 
 
 def test_other_weights_data_or_protocols_are_not_taken_for_finished(tmp_path):
@@ -295,7 +295,7 @@ def of_tokens(n, masks, classes="ab"):
     (lambda e: overcluster(e, Made(filled(1)), k=3), r"one class only \(b\)"),
     (lambda e: overcluster(e, Made(filled(255)), k=3), "no class at all"),
     (lambda e: overcluster(e, Made(filled(0, pixels=9)), k=3), r"image is \(16, 16\) but mask is \(9, 9\)"),
-    (lambda e: overcluster(e, Made(filled(7)), k=3), r"mask holds ids \[7\], expected 0 to 2 or 255"),
+    (lambda e: overcluster(e, Made(filled(7)), k=3), r"mask holds ids \[7\], expected 0 to 2, or 255"),
     (lambda e: of_tokens(4, torch.stack(filled(7)), "abc"), "hold class 7, expected 0 to 2"),
     (lambda e: of_tokens(3, torch.randint(2, (4, 8, 8))), "z: tokens of 3 images for 4 masks"),
     (lambda e: of_tokens(4, torch.rand(4, 8, 8)), "expected integers: class ids"),

@@ -48,7 +48,7 @@ def page(tmp_path_factory):
 def in_a_process(asked, folder, page):
     "A sweep in a process of its own, as another command would start it."
     request = dict(notebook=page, say=silent)
-    process = multiprocessing.get_context("fork").Process(target=sweep, args=(asked, folder), kwargs=request)
+    process = multiprocessing.get_context("fork").Process(target=run_sweep, args=(asked, folder), kwargs=request)
     process.start()
     return process
 
