@@ -89,7 +89,7 @@ def fingerprint(
     "Returns a hash of an encoder's weights, settings and functions: of all that its tokens depend on."
     encoder = _seen_through(encoder)
     if isinstance(encoder, WrappedEncoder):
-        own = [item for item in _named_tensors(encoder) if not item[0].startswith("encoder.")]
+        own = [item for item in _named_tensors(encoder) if not item[0].startswith("base.")]
         below = "base", fingerprint(encoder.base), _digest(sorted(own))
     else: below = "weights", encoder_hash(encoder)
     parts = [module for name, module in encoder.named_modules() if name.split(".")[0] != "base"]
