@@ -21,7 +21,8 @@ import torch
 
 from rasa_nb.baselines import ShiftAverage, roster
 from rasa_nb.comparison import Comparison, choose_default, compare_methods
-from rasa_nb.data import Reading, VOCSegmentation
+from rasa_nb.data import VOCSegmentation
+from rasa_nb.reading import Reading
 from rasa_nb.encoders import load_encoder
 from rasa_nb.matching import LEOPART
 from rasa_nb.scenes import Scenes

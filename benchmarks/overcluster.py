@@ -212,7 +212,8 @@ def random_tokens(images, grid, dim, dtype=torch.float32, size=100):
 
 
 def voc_tokens(folder, checkpoint, most):
-    from rasa_nb.data import Evaluation, Transformed, VOCSegmentation
+    from rasa_nb.data import VOCSegmentation
+    from rasa_nb.reading import Evaluation, Transformed
     from rasa_nb.encoders import load_encoder
     encoder = load_encoder("deit_tiny_patch16_224", checkpoint=checkpoint)
     data = VOCSegmentation(folder, "val")

@@ -14,7 +14,8 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from rasa_nb.data import SegmentationData, Transformed, augmentation
+from rasa_nb.data import SegmentationData
+from rasa_nb.reading import Transformed, augmentation
 from rasa_nb.encoders import load_encoder
 from rasa_nb.rasa import RASA
 from rasa_nb.scenes import Scenes

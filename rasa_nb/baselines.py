@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 
 # %% ../nbs/02e_baselines.ipynb #c004
-from .data import Reading
+from .reading import Reading
 from .patch_encoder import WrappedEncoder, check_image_size
 from .store import fitted_on
 from .moments import Moments, orthonormal_targets, position_targets

@@ -17,7 +17,7 @@ import torch
 from fastcore.basics import patch
 
 # %% ../nbs/03b_comparison.ipynb #c004
-from .data import Reading
+from .reading import Reading
 from .patch_encoder import PatchEncoder
 from .head import unwrap
 from .rasa import fit_together

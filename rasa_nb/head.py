@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
 from torch import nn
 
 # %% ../nbs/02a_head.ipynb #c004
-from .data import batches
+from .reading import batches
 from .patch_encoder import WrappedEncoder
 from .store import fitted_on, read_safetensors, write_safetensors
 

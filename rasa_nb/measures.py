@@ -29,7 +29,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 # %% ../nbs/02d_measures.ipynb #c005
-from .data import Reading
+from .reading import Reading
 from .patch_encoder import check_image_size
 from .moments import Moments, check_finite, position_targets, ridge_r2
 from .head import encode_together, unwrap

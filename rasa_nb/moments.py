@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from torch.utils.data import Subset
 
 # %% ../nbs/02_moments.ipynb #c004
-from .data import Reading, batches
+from .reading import Reading, batches
 from .patch_encoder import check_image_size
 from .store import fitted_on, read_safetensors, write_safetensors
 

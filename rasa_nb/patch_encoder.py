@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from torch import nn
 
 # %% ../nbs/01_patch_encoder.ipynb #i001
-from .data import Reading, Transformed, batches   # first: it makes torchvision importable
+from .reading import Reading, Transformed, batches   # first: it makes torchvision importable
 
 # %% ../nbs/01_patch_encoder.ipynb #i002
 from torchvision.transforms import v2

@@ -18,7 +18,7 @@ from scipy.sparse.linalg import svds
 from sklearn.base import BaseEstimator
 
 # %% ../nbs/02b_rasa.ipynb #c004
-from .data import Reading
+from .reading import Reading
 from .patch_encoder import check_image_size
 from .store import read_safetensors, token_store, write_safetensors
 from .moments import Moments, collect_moments, describe_fit, orthonormal_targets, position_targets

@@ -19,7 +19,7 @@ import torch
 from fastcore.basics import patch
 
 # %% ../nbs/02h_segmentation.ipynb #i002
-from .data import Evaluation, Reading, Transformed, progress_bar
+from .reading import Evaluation, Reading, Transformed, progress_bar
 from .patch_encoder import check_image_size
 from .store import atomic, fingerprint, token_store
 from .moments import Moments

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import Subset
 
 # %% ../nbs/02c_trained.ipynb #c004
-from .data import Reading, batches
+from .reading import Reading, batches
 from .patch_encoder import check_image_size
 from .store import collect_tokens
 from .moments import check_finite, describe_fit, position_targets

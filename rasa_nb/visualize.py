@@ -31,7 +31,7 @@ from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import KMeans
 
 # %% ../nbs/02l_visualize.ipynb #c005
-from .data import Evaluation, Reading
+from .reading import Evaluation, Reading
 from .patch_encoder import PatchEncoder, WrappedEncoder
 from .moments import Moments
 from .head import encode_together, tokens_via

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from rasa_nb.data import (Evaluation, ImageFolder, ImageMaskFolder, Reading, SegmentationData, Transformed,
-                          VOCSegmentation, augmentation, batches)
+from rasa_nb.data import ImageFolder, ImageMaskFolder, SegmentationData, VOCSegmentation
+from rasa_nb.reading import Evaluation, Reading, Transformed, augmentation, batches
 from rasa_nb.scenes import Scenes
 
 
@@ -86,7 +86,7 @@ def test_evaluation_makes_up_no_ids(scenes, size):
 
 
 def test_bars_show_only_where_asked_for(scenes, capsys, monkeypatch):
-    monkeypatch.setattr("rasa_nb.data.tqdm", lambda **options: tqdm(**{**options, "delay": 0}))
+    monkeypatch.setattr("rasa_nb.reading.tqdm", lambda **options: tqdm(**{**options, "delay": 0}))
     for progress in (False, True):
         list(batches(Reading(16).apply(scenes.first(2)), Reading(progress=progress), "draw"))
         assert ("draw" in capsys.readouterr().out) is progress

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import rasa_nb.head
-from rasa_nb.data import Reading
+from rasa_nb.reading import Reading
 from rasa_nb.head import DebiasedEncoder, RASAHead, encode_together, moments_after, unwrap
 from rasa_nb.moments import Moments, collect_moments
 from rasa_nb.patch_encoder import PatchEncoder

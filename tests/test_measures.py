@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
 
-from rasa_nb.data import Evaluation, Reading, SegmentationData, Transformed
+from rasa_nb.data import SegmentationData
+from rasa_nb.reading import Evaluation, Reading, Transformed
 from rasa_nb.measures import (CellSums, RidgeProbe, cluster_position, cluster_tokens, cosine_gap, layer_r2,
                               position_r2, position_report, token_norms, variance_share)
 from rasa_nb.moments import position_targets

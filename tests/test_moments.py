@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from rasa_nb.data import Reading
+from rasa_nb.reading import Reading
 from rasa_nb.encoders import load_encoder
 from rasa_nb.moments import Moments, collect_moments, position_targets, ridge_r2
 from rasa_nb.patch_encoder import PatchEncoder

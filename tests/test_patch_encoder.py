@@ -14,7 +14,7 @@ from toy_vits import assert_close, of_timm, of_transformers
 
 import rasa_nb
 from rasa_nb.baselines import ShiftAverage
-from rasa_nb.data import Reading
+from rasa_nb.reading import Reading
 from rasa_nb.encoders import from_timm, load_encoder
 from rasa_nb.head import DebiasedEncoder, RASAHead
 from rasa_nb.patch_encoder import FitSize, PatchEncoder, ViTEncoder, WrappedEncoder, block_tokens

@@ -9,7 +9,8 @@ from hypothesis import given, settings, strategies as st
 from sklearn.base import clone
 
 from rasa_nb.baselines import BlankSVD
-from rasa_nb.data import First, Reading, VOCSegmentation
+from rasa_nb.data import First, VOCSegmentation
+from rasa_nb.reading import Reading
 from rasa_nb.encoders import load_encoder
 from rasa_nb.moments import Moments, orthonormal_targets, position_targets, ridge_r2
 from rasa_nb.patch_encoder import PatchEncoder

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from threadpoolctl import threadpool_limits
 
 from rasa_nb import segmentation
-from rasa_nb.data import Evaluation, Reading, SegmentationData, Transformed, VOCSegmentation, batches
+from rasa_nb.data import SegmentationData, VOCSegmentation
+from rasa_nb.reading import Evaluation, Reading, Transformed, batches
 from rasa_nb.encoders import load_encoder
 from rasa_nb.head import DebiasedEncoder, RASAHead
 from rasa_nb.matching import FRANCA, LEOPART, class_iou, confusion_matrix, match_clusters

@@ -17,7 +17,7 @@ from conftest import color_encoder, encoder_of
 from safetensors import SafetensorError
 
 from rasa_nb import store
-from rasa_nb.data import Reading, Transformed
+from rasa_nb.reading import Reading, Transformed
 from rasa_nb.encoders import load_encoder
 from rasa_nb.head import DebiasedEncoder, RASAHead
 from rasa_nb.rasa import PositionMean

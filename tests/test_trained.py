@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from rasa_nb.data import Reading
+from rasa_nb.reading import Reading
 from rasa_nb.patch_encoder import PatchEncoder
 from rasa_nb.rasa import RASA
 from rasa_nb.scenes import Scenes, planted_tokens

@@ -12,7 +12,8 @@ from sklearn.decomposition import PCA
 from torch import nn
 
 from rasa_nb.baselines import ShiftAverage
-from rasa_nb.data import Reading, SegmentationData
+from rasa_nb.data import SegmentationData
+from rasa_nb.reading import Reading
 from rasa_nb.head import DebiasedEncoder, RASAHead
 from rasa_nb.patch_encoder import PatchEncoder
 from rasa_nb.rasa import PositionMean
