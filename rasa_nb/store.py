@@ -102,9 +102,11 @@ def encoder_changes(
 def data_source(
     data,          # a `SegmentationData`
     masks:bool,    # whether masks matter, as they do to a score
+    load=False,    # also loads images that are told in no other way, as a dataset of one's own may be
 ) -> dict:
     "Returns what is kept of the images something was made from: how they are described, and their content."
-    return data.describe() | dict(content=content(data, masks))
+    about = data.describe()
+    return about | dict(content=content(data, masks)) if load or "content" in about else about
 
 # %% ../nbs/01c_store.ipynb #f001
 def fingerprint(

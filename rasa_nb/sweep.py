@@ -230,16 +230,19 @@ def _first_free(gpus, folder):
 # %% ../nbs/03a_sweep.ipynb #c0a2
 def run_here(make, plans, jobs, folder):
     "Yields the rows of runs made by processes of this machine, as they end."
-    from joblib import Parallel, delayed
+    from joblib import Parallel, cpu_count, delayed
     gpus = visible_gpus() if any(map(_wants_gpu, plans)) else []
     jobs = min(jobs or len(gpus) or 1, len(gpus) or len(plans), len(plans))
     work = Parallel(jobs, return_as="generator_unordered", pre_dispatch=jobs, batch_size=1)
-    yield from work(delayed(_on_one_gpu)(make, planned, folder, gpus) for planned in plans)
+    cores = max(1, cpu_count() // jobs)
+    yield from work(delayed(_with_its_share)(make, planned, folder, gpus, cores) for planned in plans)
 
-def _on_one_gpu(make, planned, folder, gpus=None):
-    "What `make` returns of a run; the GPUs are those of the machine that the run came to, if none are given."
-    if not _wants_gpu(planned): return make(planned)
-    with one_gpu(visible_gpus() if gpus is None else gpus, folder): return make(planned)
+def _with_its_share(make, planned, folder, gpus=None, cores=None):
+    "What `make` returns of a run that has a GPU and some cores to itself; None: those of its machine."
+    share = dict(LOKY_MAX_CPU_COUNT=str(cores)) if cores else {}    # joblib's own way to say so
+    if gpus is None: gpus = visible_gpus()
+    with mock.patch.dict(os.environ, share), one_gpu(gpus if _wants_gpu(planned) else [], folder):
+        return make(planned)
 
 def _wants_gpu(planned): return planned.parameters.get("device") in (None, "", "cuda")
 
@@ -261,7 +264,7 @@ def run_on_slurm(make, plans, jobs, folder, options):
     if jobs: options["slurm_array_parallelism"] = jobs
     executor = submitit.AutoExecutor(folder / "slurm", cluster=options.pop("cluster", None))
     executor.update_parameters(**options)
-    started = executor.map_array(partial(_on_one_gpu, make, folder=folder), plans)
+    started = executor.map_array(partial(_with_its_share, make, folder=folder), plans)
     names = {job.job_id: planned.name for job, planned in zip(started, plans)}
     try:
         for job in submitit.helpers.as_completed(started, poll_frequency=2):

@@ -17,7 +17,7 @@ import papermill as pm
 import pytest
 import torch
 from fastcore.docments import docments
-from conftest import change_pixel
+from conftest import change_pixels
 from papermill.exceptions import PapermillExecutionError
 from safetensors import SafetensorError
 
@@ -272,9 +272,9 @@ def test_other_weights_or_images_are_another_identity(tmp_path, tiny, voc_tree):
     def of(**parameters): return identify(Config(data="voc", data_dir=str(voc_tree), checkpoint=str(weights), **parameters))
     torch.save(tiny.model.state_dict(), weights)
     before = of()
-    change_pixel(voc_tree / "VOCdevkit/VOC2012/SegmentationClass/b.png")
+    change_pixels(voc_tree / "VOCdevkit/VOC2012/SegmentationClass/b.png")
     masked = of()
-    change_pixel(voc_tree / "VOCdevkit/VOC2012/JPEGImages/a.jpg")
+    change_pixels(voc_tree / "VOCdevkit/VOC2012/JPEGImages/a.jpg")
     pictured = of()
     moved = {name: value + 1 for name, value in tiny.model.state_dict().items()}
     torch.save(moved, weights)
@@ -337,7 +337,8 @@ def test_an_interrupted_fit_goes_on_from_its_sums(tmp_path, monkeypatch):
         own = encoder.forward
 
         def forward(images):
-            if len(images) > 1: seen.append(len(images))
+            if len(images) == 1: return own(images)   # the picture that an encoder is told by
+            seen.append(len(images))
             if len(seen) == 2: raise KeyboardInterrupt
             return own(images)
         encoder.forward = forward

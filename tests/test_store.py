@@ -13,12 +13,10 @@ import warnings
 from collections import namedtuple
 from functools import partial
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from conftest import color_encoder, encoder_of, no_file_beyond
-from PIL import Image
+from conftest import change_pixels, color_encoder, encoder_of, no_file_beyond
 from safetensors import SafetensorError
 from test_report import record
 
@@ -27,13 +25,15 @@ from rasa_nb.data import ImageMaskFolder
 from rasa_nb.reading import Reading, Transformed
 from rasa_nb.encoders import load_encoder
 from rasa_nb.head import DebiasedEncoder, RASAHead
-from rasa_nb.moments import Moments
+from rasa_nb.moments import Moments, collect_moments
 from rasa_nb.rasa import PositionMean
 from rasa_nb.report import Report, Setting, keep_record
-from rasa_nb.segmentation import Run, write_run
+from rasa_nb.scenes import Scenes
+from rasa_nb.segmentation import Run, overcluster, write_run
 from rasa_nb.store import (SharedTokens, atomic, check_file, check_folder, collect_tokens, data_source,
-                           encoder_changes, encoder_hash, figure_bytes, fingerprint, fitted_on,
+                           encoder_changes, encoder_hash, fingerprint, fitted_on,
                            read_safetensors, reserve, token_store, write_safetensors, write_whole)
+from rasa_nb.trained import TrainedRASA
 
 
 def random_head(random, d=192): return RASAHead(torch.randn(d, d, generator=random))
@@ -180,12 +180,91 @@ def test_what_was_learned_is_valid_while_images_stay_and_scores_while_masks_stay
     def sources():
         data = ImageMaskFolder(image_folders / "images", image_folders / "masks", 12)
         return data_source(data, masks=False), data_source(data, masks=True)
-    before, file = sources(), image_folders / what / "a/1.png"
+    before = sources()
     assert before == sources()
-    pixels = np.array(Image.open(file))
-    pixels[0, 0] = 11 - pixels[0, 0]
-    Image.fromarray(pixels).save(file)
+    change_pixels(image_folders / what / "a/1.png")
     assert [one == two for one, two in zip(before, sources())] == [learned, scored]
+
+
+def folders(root): return ImageMaskFolder(root / "images", root / "masks", 12)
+
+
+def change_mask(root): change_pixels(root / "masks/a/1.png")
+
+
+def change_image(root): change_pixels(root / "images/a/1.png")
+
+
+@pytest.mark.parametrize("change", [change_mask, change_image])
+def test_scores_that_were_kept_are_those_of_the_masks_and_images_of_now(image_folders, change):
+    def score(folder):
+        result = overcluster(color_encoder(), folders(image_folders), 12, seeds=0, reading=48, folder=folder)
+        return result.frame.miou.tolist(), result.data["content"]
+    kept = image_folders / "kept"
+    before = score(kept)
+    assert score(kept) == before and len(list(kept.iterdir())) == 1
+    change(image_folders)
+    after = score(kept)
+    assert after == score(None) and after != before
+
+
+def test_encoders_that_differ_in_a_function_alone_share_no_scores(image_folders):
+    first, second = list(of_one_source())[2:]
+    rest = dict(k=12, seeds=0, reading=48, folder=image_folders / "kept")
+    for encoder in (first, second): overcluster(encoder, folders(image_folders), **rest)
+    assert len(list((image_folders / "kept").iterdir())) == 2
+
+
+def sums(root, encoder=None):
+    return collect_moments(encoder or color_encoder(), folders(root), moments_file=root / "sums")
+
+
+def test_sums_that_were_kept_are_refused_for_other_images_and_stay_where_a_mask_changes(image_folders):
+    before = sums(image_folders)
+    change_mask(image_folders)
+    assert sums(image_folders).cov.equal(before.cov)
+    change_image(image_folders)
+    with pytest.raises(ValueError, match="sums holds moments of .*remove it, or name another file"): sums(image_folders)
+
+
+def test_sums_that_were_kept_are_refused_for_an_encoder_that_does_something_else(image_folders):
+    first, second = list(of_one_source())[2:]
+    one = sums(image_folders, first)
+    with pytest.raises(ValueError, match="sums holds moments of"): sums(image_folders, second)
+    (image_folders / "sums").unlink()
+    with pytest.raises(ValueError, match="do not add up: two encoders"): one + sums(image_folders, second)
+
+
+def test_sums_of_an_earlier_version_are_made_anew_with_a_word(image_folders):
+    before = sums(image_folders)
+    del before.source["data"]["content"], before.source["probe"]
+    before.save(image_folders / "sums")
+    change_image(image_folders)
+    with pytest.warns(UserWarning, match="does not say which images its sums are of: they are made anew"):
+        after = sums(image_folders)
+    assert not after.cov.equal(before.cov) and sums(image_folders).cov.equal(after.cov)
+
+
+def test_a_head_warns_where_its_encoder_does_something_else(scenes):
+    first, second = list(of_one_source())[2:]
+    removed = PositionMean("all").fit(first, scenes.first(4), 48)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        removed.attach(copy.deepcopy(first))
+    with pytest.warns(UserWarning, match="not the same encoder .*tokens 'of one picture' then, 'others' now"):
+        removed.attach(second)
+
+
+@pytest.mark.parametrize("work", [
+    lambda encoder, data, place: overcluster(encoder, data, 12, folder=place),
+    lambda encoder, data, place: TrainedRASA().fit(encoder, data, 48, folder=place),
+    lambda encoder, data, place: collect_tokens(encoder, data, 48, "memmap", place),
+    lambda encoder, data, place: collect_moments(encoder, data, 48, place / "sums")])
+def test_a_place_that_cannot_be_written_to_is_noticed_before_images_are_read(scenes, closed_place, work):
+    class Unread(Scenes):
+        def load(self, i): pytest.fail("it began")
+    with pytest.raises(OSError, match="no files can be made in .*name another folder"):
+        work(color_encoder(), Unread("val", 12), closed_place)
 
 
 # Files

@@ -9,9 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+import cloudpickle
+import joblib
 import nbformat
 import pytest
-from conftest import change_pixel, make_voc
+from conftest import change_pixels, make_voc
 from nbformat.v4 import new_code_cell, new_notebook
 
 from rasa_nb import sweep
@@ -226,14 +228,14 @@ def sweep_of(tmp_path, monkeypatch):
 def test_a_run_on_other_data_is_made_beside_the_one_that_is_there(sweep_of, tmp_path, scenes):
     "Two trees with the same lists; then a corrected mask, and a picture that was replaced."
     a, b = (str(make_voc(tmp_path / name, scenes)) for name in "AB")
-    change_pixel(tmp_path / "B/VOCdevkit/VOC2012/JPEGImages/c.jpg")
+    change_pixels(tmp_path / "B/VOCdevkit/VOC2012/JPEGImages/c.jpg")
     first, _ = sweep_of(data_dir=a)
     assert first == [("tiny-voc-rasa-seed0", "finished")]
     (other, outcome), = sweep_of(data_dir=b)[0]
     assert outcome == "finished" and other.startswith("tiny-voc-rasa-seed0-")
     names = {other}
     for folder in ("JPEGImages/a.jpg", "SegmentationClass/b.png"):
-        change_pixel(tmp_path / "B/VOCdevkit/VOC2012" / folder)
+        change_pixels(tmp_path / "B/VOCdevkit/VOC2012" / folder)
         [(name, outcome)], why = sweep_of(data_dir=b)
         assert outcome == "finished" and "tiny-voc-rasa-seed0 was made from other images" in why
         names.add(name)
@@ -265,7 +267,7 @@ def test_a_run_of_an_earlier_version_is_not_trusted_without_a_word(sweep_of, tmp
 
 def test_a_run_that_another_sweep_made_of_other_data_meanwhile_is_not_taken(sweep_of, tmp_path, scenes):
     a, b = (str(make_voc(tmp_path / name, scenes)) for name in "AB")
-    change_pixel(tmp_path / "B/VOCdevkit/VOC2012/JPEGImages/c.jpg")
+    change_pixels(tmp_path / "B/VOCdevkit/VOC2012/JPEGImages/c.jpg")
     planned, = plan(dict(data=["voc"], data_dir=[b]))
     sweep_of(data_dir=a)                       # after B was found absent, and before it is begun
     row = make_run(planned, tmp_path / "runs")
@@ -315,10 +317,13 @@ def two_gpus(monkeypatch):
 def seen_gpu(planned):
     begun = time.time()
     time.sleep(.5)
-    return dict(run=planned.name, gpu=os.environ.get("CUDA_VISIBLE_DEVICES"), begun=begun, ended=time.time())
+    from joblib import cpu_count
+    gpu, cores = os.environ.get("CUDA_VISIBLE_DEVICES"), cpu_count()   # that it may use, by joblib's count
+    return dict(run=planned.name, gpu=gpu, cores=cores, begun=begun, ended=time.time())
 
 
 def test_runs_at_once_have_a_gpu_each_and_never_the_same(two_gpus, tmp_path):
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])   # so that workers need not import what tests do
     rows = list(run_here(seen_gpu, plan(dict(seed=[0, 1, 2, 3])), 0, tmp_path))
     assert {row["gpu"] for row in rows} == {"0", "1"} and len(rows) == 4
     for gpu in "01":
@@ -326,6 +331,7 @@ def test_runs_at_once_have_a_gpu_each_and_never_the_same(two_gpus, tmp_path):
         assert all(ended <= begun for (_, ended), (begun, _) in zip(times, times[1:]))
     starts = sorted(row["begun"] for row in rows)
     assert starts[1] < min(row["ended"] for row in rows)   # two were at work at once
+    assert {row["cores"] for row in rows} == {max(1, joblib.cpu_count() // 2)}
 
 
 def test_runs_on_the_cpu_wait_for_no_gpu(two_gpus, tmp_path):
@@ -335,9 +341,10 @@ def test_runs_on_the_cpu_wait_for_no_gpu(two_gpus, tmp_path):
 
 def test_jobs_of_submitit_that_see_several_gpus_share_them_out(two_gpus, tmp_path):
     pytest.importorskip("submitit")
-    with one_gpu(["0", "1"], tmp_path):   # the first is another run's
+    gpu, lock = sweep._first_free(["0", "1"], tmp_path)   # it is another run's
+    with lock:
         rows = list(run_on_slurm(seen_gpu, plan(dict(seed=[0])), 0, tmp_path, dict(cluster="debug")))
-    assert rows[0]["gpu"] == "1"
+    assert gpu == "0" and rows[0]["gpu"] == "1"
 
 
 @pytest.mark.parametrize("named, count, gpus", [
