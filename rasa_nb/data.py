@@ -196,9 +196,16 @@ def picture_array(
     picture,    # a PIL picture
 ) -> np.ndarray:
     "Returns what a picture shows, upright: uint8 [H, W, 3], RGBA [H, W, 4], uint16 [H, W] or floats [H, W]."
+    picture = _unmapped(picture)
     raw = _raw_mode(picture)
     picture.load()
     return _turned(_values(picture, raw), picture)
+
+def _unmapped(picture):
+    "The picture; a TIFF read anew, as Pillow garbles one that lies on its side when it maps it to memory."
+    to_map = picture.format == "TIFF" and getattr(picture, "filename", "") and picture.tile
+    if not to_map or picture.tell(): return picture
+    return PILImage.open(BytesIO(file_bytes(picture.filename)))
 
 def _raw_mode(picture):
     "How values lie in the file, as Pillow names it; known until the picture is decoded."
@@ -411,13 +418,14 @@ def _reason(error, data):
     return "its format is none that Pillow reads, or it is damaged"
 
 # %% ../nbs/00_data.ipynb #f0000016
-_lossless = "PNG", "TIFF", "BMP", "GIF", "TGA", "PPM"
+_lossless = "PNG", "TIFF", "BMP", "TGA", "PPM"
 _lossy_tiff = "jpeg", "tiff_jpeg", "webp", "lerc"
 
 def class_ids(
     picture,    # a PIL picture, decoded or not
 ) -> np.ndarray:
     "Returns the class ids that a picture holds, uint8 [H, W]. Raises `ValueError` for what cannot be ids."
+    picture = _unmapped(picture)
     raw, stored = _raw_mode(picture), picture.format
     lossy = stored and stored not in _lossless or picture.info.get("compression") in _lossy_tiff
     if lossy: raise ValueError(f"{stored} does not keep class ids as they are: save masks as PNG")
@@ -590,6 +598,7 @@ class ImageList(SegmentationData):
         self.items, self.classes = items, _class_names(classes)
         self.name, self.ignore_index = name, ignore_index
         if not len(items): raise ValueError(f"no image in {name}: expected at least one")
+        self.load_image(0)   # what is wrong with all images is said here
 
     def __len__(self): return len(self.items)
 
@@ -637,9 +646,7 @@ def _made(given):
     _check_items(items)
     if isinstance(items, (list, tuple)) and all(isinstance(item, (str, Path)) for item in items):
         return ImageFiles(items)
-    data = ImageList(items, name=type(given).__name__)
-    data.load_image(0)   # what is wrong with all images is said here
-    return data
+    return ImageList(items, name=type(given).__name__)
 
 def _is_array(given): return isinstance(given, (np.ndarray, torch.Tensor))
 

@@ -101,6 +101,12 @@ def no_file_beyond(size):
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def hashes_of_their_own(tmp_path_factory):
+    "Hashes of files are remembered for these tests alone."
+    os.environ["RASA_NB_CACHE"] = str(tmp_path_factory.mktemp("contents"))
+
+
 @pytest.fixture(autouse=True)
 def one_seed(): torch.manual_seed(0)
 
