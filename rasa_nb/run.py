@@ -10,9 +10,9 @@ __all__ = ['METHODS', 'Config', 'plain_name', 'check_names', 'run_folder', 'chec
 # %% ../nbs/02o_run.ipynb #c006
 import difflib, json, os, platform, re, sys, time
 from argparse import ArgumentParser, BooleanOptionalAction
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from functools import lru_cache
 from hashlib import sha256
 from importlib.metadata import version
@@ -292,7 +292,7 @@ def fit_run(
     config,           # a `Config`
     progress=True,    # show bars, and say a line per stage
 ) -> Fitted:
-    "Returns what was learned, with its position R². Under torchrun all processes fit, the first returns it."
+    "Returns what was learned, with its position R², which under torchrun the first process alone measures."
     from rasa_nb.moments import this_process
     from rasa_nb.patch_encoder import check_image_size
     from rasa_nb.store import SharedTokens, encoder_hash
@@ -308,8 +308,8 @@ def fit_run(
     learn, score = open_data(config)
     resume = dict(moments_file=config.moments_file) if config.moments_file else {}
     with stages("fit", len(learn)): remover = config.remover.fit(encoder, learn, reading, **resume)
-    if rank: return None
     encoders = {"before": encoder, "after": remover.attach(encoder)}
+    if rank: return Fitted(config, encoder, encoders["after"], score, None, stages, {})
     identity = _identity(encoder_hash(encoder), learn, score)
     with stages("position R²", len(score)): r2 = rasa_nb.position_r2(encoders, score, reading)
     fitted = Fitted(config, encoder, encoders["after"], score, r2, stages, identity)
@@ -347,8 +347,9 @@ def score_run(
     fitted,           # of `fit_run`
     progress=True,    # show bars, and say a line per stage
 ) -> Run:
-    "Returns the run with its scores and its figure."
+    "Returns the run with scores and figure. Under torchrun all processes score, the first returns it."
     with fitted.stages("overcluster", len(fitted.data)): result = _overcluster(fitted, progress)
+    if fitted.r2 is None: return None   # not the first process
     image = fitted.data[0][0]
     picture = rasa_nb.similarity_maps(image, fitted.encoders, _four_points(image), fitted.config.pixels)
     run = Run(**vars(fitted), result=result, picture=picture)
@@ -365,7 +366,8 @@ def _overcluster(fitted, progress):
     from rasa_nb.store import encoder_hash
     kept = Path(config.cache_dir) / "scores"
     kept.mkdir(parents=True, exist_ok=True)
-    with FileLock(kept / f"{encoder_hash(fitted.encoder)}.lock"): ask({"before": fitted.encoder})
+    lock = FileLock(kept / f"{encoder_hash(fitted.encoder)}.lock") if fitted.r2 else nullcontext()
+    with lock: ask({"before": fitted.encoder})   # of several processes the first holds the lock for all
     return ask(fitted.encoders)
 
 def _four_points(image):
@@ -379,9 +381,8 @@ def train(
     config,           # a `Config`
     progress=True,    # show bars, and say a line per stage
 ) -> Run:
-    "Returns a whole run. Under torchrun all processes fit, and the first returns it."
-    fitted = fit_run(config, progress)
-    return fitted and score_run(fitted, progress)
+    "Returns a whole run. Under torchrun all processes fit and score, and the first returns it."
+    return score_run(fit_run(config, progress), progress)
 
 # %% ../nbs/02o_run.ipynb #c022
 def save_run(
@@ -481,7 +482,7 @@ def process_group():
     import torch.distributed as dist
     cuda = torch.cuda.is_available()
     if cuda: torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if cuda else "gloo")
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=6))   # one may measure alone
     try: yield
     finally: dist.destroy_process_group()
 
