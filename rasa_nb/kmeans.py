@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 # %% ../nbs/02f_kmeans.ipynb #c004
-from .moments import Moments
+from .moments import Moments, channel_scale, inverse_scale
 from .head import moments_after
 
 # %% ../nbs/02f_kmeans.ipynb #c007
@@ -84,14 +84,13 @@ def whitened_pca(
     n:int,        # components
 ) -> tuple:
     "Returns `(mean [D], map [D, n])`: `(z - mean) @ map` are the components of standardized tokens."
-    cov = moments.cov
-    std = cov.diagonal().clamp_min(0).sqrt()
-    scale = torch.where(std > 1e-6 * std.max(), 1 / std, 0.)
+    mean, cov = moments.mean, moments.cov
+    scale = inverse_scale(channel_scale(mean, cov.diagonal()))
     _, vectors = torch.linalg.eigh(cov * scale[:, None] * scale)
-    vectors = vectors[:, -min(n, len(std)):].flip(1)
+    vectors = vectors[:, -min(n, len(mean)):].flip(1)
     largest = vectors.abs().argmax(0, keepdim=True)
     sign = vectors.gather(0, largest).sign()
-    return moments.mean, scale[:, None] * vectors * sign
+    return mean, scale[:, None] * vectors * sign
 
 # %% ../nbs/02f_kmeans.ipynb #634c1c1f
 def images_per_chunk(
