@@ -30,6 +30,7 @@ def really_upsampled(z, size):
        st.integers(0, 2**31))
 def test_moments_of_upsampled_tokens_are_exact_for_any_grid_and_size(grid, size, seed):
     z = torch.randn(3, *grid, 5, generator=torch.Generator().manual_seed(seed)) * torch.arange(1, 6) + 10
+    z = z.double()
     moments, really = UpsampledMoments(grid, 5, size).update(z[:1]).update(z[1:]), really_upsampled(z, size)
     centered = really - really.mean(0)
     assert torch.allclose(moments.mean, really.mean(0), rtol=1e-9)
