@@ -26,7 +26,7 @@ from torch.utils.data import Subset
 # %% ../nbs/02h_segmentation.ipynb #i002
 from .reading import Evaluation, Reading, Transformed, progress_bar
 from .patch_encoder import check_image_size
-from .store import atomic, fingerprint, token_store
+from .store import atomic, check_folder, data_source, fingerprint, token_store
 from .moments import Moments, this_process
 from .head import encode_together, unwrap
 from .kmeans import (draw_points, images_per_chunk, kmeans_centers, nearest_centers, new_moments,
@@ -62,11 +62,13 @@ def overcluster(
     protocol = settle_library(protocol, next(iter(encoders.values())).device)
     groups = number_groups(getattr(data, "groups", None), len(data))
     examples = tuple(i for i in examples if i < len(data))
+    if folder: check_folder(folder, "folder")
     files = run_files(folder, encoders, data, protocol, examples)
     runs = read_runs(files)
     missing = {key: path for key, path in files.items() if key not in runs}
     if missing: runs |= make_runs(encoders, data, missing, protocol, reading, store, examples)
-    about, shown = dict(data.describe(), ignore_index=data.ignore_index), [data[i] for i in examples]
+    about = data_source(data, masks=True) | dict(ignore_index=data.ignore_index)
+    shown = [data[i] for i in examples]
     scored, cells = ([runs[key] for key in files if (key[0] in encoders) == kind] for kind in (True, False))
     classes = tuple(data.classes)
     return OverclusterResult(scored, protocol, about, classes, shown, data.native_size, cells, groups)
@@ -344,7 +346,8 @@ def run_files(
     "Returns {(encoder, k, seed): path, or None} for every run that is asked for, in order; cells come last."
     read_later = ("name", "k", "seeds", "matching", "folds", "fold_seed", "draws")   # counts stay the same
     knobs = {name: value for name, value in asdict(protocol).items() if name not in read_later}
-    about = ["counts of each image", knobs, data.describe(), data.ignore_index, list(data.classes)]
+    source = data_source(data, masks=True, load=True) if folder else None
+    about = ["counts of each image", knobs, source, data.ignore_index, list(data.classes)]
     files = {}
     for name, encoder in encoders.items():
         stem = _hash([fingerprint(encoder), *about, list(examples)]) if folder else None
@@ -366,7 +369,8 @@ def write_run(run, path):
     "Writes a run's counts and maps, whole or not at all."
     rows = run.counts.matrix
     sparse = dict(data=rows.data, indices=rows.indices, indptr=rows.indptr, shape=run.counts.shape)
-    with atomic(path) as part, open(part, "wb") as file:
+    needed = run.labels.nbytes + sum(array.nbytes for array in (rows.data, rows.indices, rows.indptr))
+    with atomic(path, needed) as part, open(part, "wb") as file:
         np.savez_compressed(file, **sparse, labels=run.labels, nmi=(run.nmi_image, run.nmi_cell))
 
 def read_run(path, encoder, k, seed) -> Run:
