@@ -19,7 +19,7 @@ from torch.utils.data import Subset
 from .reading import Reading, batches
 from .patch_encoder import check_image_size
 from .checkpoints import read_file
-from .store import collect_tokens
+from .store import check_folder, collect_tokens
 from .moments import check_finite, describe_fit, position_targets
 from .head import RASAHead
 from .rasa import PositionRemover, check_enough, complement
@@ -131,6 +131,7 @@ def fit(self:TrainedRASA,
     folder=None,      # for a 16-bit file of tokens that may be larger than memory; None: in memory
 ):
     "Learns from images encoded once, augmented (with `reaugment` n_heads * epochs times), and returns self."
+    if folder: check_folder(folder, "folder")
     reading = Reading.of(reading, size=encoder.image_size, augment="published", seed=self.random_state)
     source, shown = describe_fit(encoder, data, reading), reading.apply(data)
     if not self.reaugment:
