@@ -18,6 +18,7 @@ from toy_vits import SMALL, assert_close, of_timm, of_transformers, randomize
 from rasa_nb import encoders
 from rasa_nb.checkpoints import choose_weights, find_encoder, load_strictly, read_checkpoint, read_file, to_timm
 from rasa_nb.encoders import ALIASES, create_vit, from_timm, load_encoder
+from rasa_nb.store import fingerprint, fitted_on
 from rasa_nb.trained import load_released_head
 
 
@@ -367,3 +368,12 @@ def test_another_architecture_is_refused_and_nothing_loaded(tmp_path):
     broken = before | {"norm.bias": torch.full((48,), float("nan"))}
     with pytest.raises(ValueError, match="not finite in norm.bias"): load_strictly(model, broken)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_which_weights_were_taken_is_kept_with_what_is_fitted(tmp_path):
+    model = of_timm("vit_tiny_patch16_224", img_size=32)
+    torch.save(dict(model=model.state_dict(), model_ema=model.state_dict()), tmp_path / "w.pth")
+    def load_as(weights): return load("vit_tiny_patch16_224", tmp_path / "w.pth", weights=weights, **SMALL)
+    ema, raw = load_as("ema"), load_as("raw")
+    assert (fitted_on(ema)["origin"], fitted_on(raw)["origin"]) == ("w.pth (model_ema)", "w.pth (model)")
+    assert "origin" not in fitted_on(from_timm(model)) and fingerprint(ema) == fingerprint(raw)
