@@ -32,7 +32,7 @@ from sklearn.cluster import KMeans
 
 # %% ../nbs/02l_visualize.ipynb #c005
 from .data import as_image
-from .reading import Evaluation, Reading
+from .reading import Evaluation, Reading, height_width
 from .patch_encoder import PatchEncoder, WrappedEncoder
 from .moments import Moments
 from .head import encode_together, tokens_via
@@ -50,7 +50,7 @@ def fitting_size(
     small = f"smaller than one patch of {encoder.name} ({p} x {p})"
     if min(height, width) < p:
         raise ValueError(f"image of {height} x {width} pixels is {small}: give a larger one")
-    scale = encoder.image_size / sqrt(height * width)
+    scale = sqrt(prod(height_width(encoder.image_size))) / sqrt(height * width)
     wanted = (height * scale, width * scale)
     if image_size is not None:
         wanted = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
