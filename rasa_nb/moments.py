@@ -18,6 +18,7 @@ from fastcore.basics import patch
 from torch.utils.data import Subset
 
 # %% ../nbs/02_moments.ipynb #c004
+from .data import as_data
 from .reading import Reading, batches
 from .patch_encoder import check_image_size
 from .store import (check_file, check_room, data_source, encoder_changes, fitted_on,
@@ -303,6 +304,7 @@ def collect_moments(
     moments_file=None,   # sums are saved here every half minute; an interrupted pass goes on from them
 ) -> Moments:
     "Returns the moments of the tokens of all images, augmented."
+    data = as_data(data, masks=False)
     reading = Reading.of(reading, size=encoder.image_size, augment="published", seed=0)
     moments, mine, file = _begin(encoder, data, reading, moments_file)
     shown, saved = Subset(reading.apply(data), mine), time.monotonic()
@@ -315,6 +317,7 @@ def collect_moments(
                 saved = time.monotonic()
     finally:
         if file and moments.count: moments.save(file)
+    if not file: moments.source = describe_fit(encoder, data, reading)   # files are hashed as they are read
     return moments.all_reduce()
 
 # %% ../nbs/02_moments.ipynb #m000000b
@@ -323,7 +326,7 @@ def _begin(encoder, data, reading, moments_file):
     rank, world = this_process()
     file = moments_file and Path(f"{moments_file}.{rank}of{world}" if world > 1 else moments_file)
     if file: check_file(file, "moments_file")
-    source = describe_fit(encoder, data, reading)
+    source = describe_fit(encoder, data, reading) if file else {}
     if file: source["data"] = data_source(data, masks=False, load=True)
     moments = _resume(file, source) if file and file.exists() else None
     grid_size = check_image_size(reading.size, encoder.patch_size)

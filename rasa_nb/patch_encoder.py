@@ -24,6 +24,7 @@ from torch import nn
 
 # %% ../nbs/01_patch_encoder.ipynb #i001
 # first: it makes torchvision importable
+from .data import as_data
 from .reading import Reading, Transformed, batches, height_width
 
 # %% ../nbs/01_patch_encoder.ipynb #i002
@@ -531,7 +532,7 @@ def encode(self:PatchEncoder,
     desc:str="encode",  # name of the progress bar
 ):
     "Yields `(patch_tokens [B, gh, gw, D], masks [B, h, w] or None)` over the dataset, in order."
-    reading = Reading.of(reading, size=self.image_size)
+    data, reading = as_data(data), Reading.of(reading, size=self.image_size)
     shown = data if isinstance(data, Transformed) else reading.apply(data)
     for images, masks in batches(shown, reading, desc):
         yield self(images), masks

@@ -19,6 +19,7 @@ from scipy.sparse.linalg import svds
 from sklearn.base import BaseEstimator, clone
 
 # %% ../nbs/02b_rasa.ipynb #c004
+from .data import as_data
 from .reading import Reading
 from .patch_encoder import check_image_size
 from .store import read_safetensors, token_store, write_safetensors
@@ -384,15 +385,16 @@ def fit_together(
     reading=None,      # a `Reading`, or a size in pixels; None: as in `collect_moments`
 ) -> dict:
     "Fits every method from one pass over the images, augmented; returns name -> debiased encoder."
-    seed = _shared_seed(removers, reading)
+    data, seed = as_data(data, masks=False), _shared_seed(removers, reading)
     reading = Reading.of(reading, size=encoder.image_size, augment="published", seed=seed)
     moments = Moments(check_image_size(reading.size, encoder.patch_size), encoder.embed_dim, apart=True)
-    moments.source, tokens = describe_fit(encoder, data, reading), None
+    tokens = None
     if any(r.needs == "tokens" for r in removers.values()):
         tokens = token_store((len(data), *moments.grid_size, moments.embed_dim))
     for z, _ in encoder.encode(reading.apply(data), reading, "fit"):
         if tokens is not None: tokens[moments.count:moments.count + len(z)] = z.cpu()
         moments.update(z)
+    moments.source = describe_fit(encoder, data, reading)   # files are hashed as they are read
     for remover in removers.values():
         if remover.needs == "moments": remover.fit_moments(moments)
         elif remover.needs == "tokens": remover.fit_tokens(tokens, moments.source)

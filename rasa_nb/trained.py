@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.data import Subset
 
 # %% ../nbs/02c_trained.ipynb #c004
+from .data import as_data
 from .reading import Reading, batches
 from .patch_encoder import check_image_size
 from .checkpoints import read_file
@@ -131,6 +132,7 @@ def fit(self:TrainedRASA,
     folder=None,      # for a 16-bit file of tokens that may be larger than memory; None: in memory
 ):
     "Learns from images encoded once, augmented (with `reaugment` n_heads * epochs times), and returns self."
+    data = as_data(data, masks=False)
     if folder: check_folder(folder, "folder")
     reading = Reading.of(reading, size=encoder.image_size, augment="published", seed=self.random_state)
     source, shown = describe_fit(encoder, data, reading), reading.apply(data)
