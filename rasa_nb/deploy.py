@@ -17,6 +17,7 @@ from torch import nn
 
 # %% ../nbs/02n_deploy.ipynb #c004
 from .patch_encoder import PatchEncoder, WrappedEncoder, check_image_size
+from .store import check_file, check_room
 from .head import RASAHead, unwrap
 
 # %% ../nbs/02n_deploy.ipynb #c008
@@ -169,6 +170,8 @@ def export_onnx(
     size = (size, size) if isinstance(size, int) else tuple(size)
     check_image_size(size, encoder.patch_size)
     encoder, path = copy.deepcopy(encoder).cpu(), Path(path)
+    check_file(path)
+    check_room(path.absolute().parent, sum(tensor.nbytes for tensor in encoder.state_dict().values()))
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".unfinished-") as folder:
         part = Path(folder) / path.name
         _write_onnx(_Traceable(encoder), torch.rand(2, 3, *size), part)

@@ -8,7 +8,7 @@ __all__ = ['position_targets', 'orthonormal_targets', 'Moments', 'sums_device', 
            'ridge_r2']
 
 # %% ../nbs/02_moments.ipynb #c003
-import copy, json, math, time
+import copy, json, math, time, warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,7 +20,8 @@ from torch.utils.data import Subset
 # %% ../nbs/02_moments.ipynb #c004
 from .reading import Reading, batches
 from .patch_encoder import check_image_size
-from .store import fitted_on, read_safetensors, write_safetensors
+from .store import (check_file, check_room, data_source, encoder_changes, fitted_on,
+                           read_safetensors, write_safetensors)
 
 # %% ../nbs/02_moments.ipynb #c008
 def position_targets(
@@ -274,8 +275,8 @@ def __add__(self:Moments, other):
     "Returns the moments of both; raises for another grid, dimension, number of groups or encoder."
     if self.cell_sums.shape != other.cell_sums.shape:
         raise ValueError(f"{self} and {other} do not add up: another grid, dimension or number of groups")
-    mine, theirs = self.source.get("encoder_hash"), other.source.get("encoder_hash")
-    if mine and theirs and mine != theirs:
+    known = "encoder_hash" in self.source and "encoder_hash" in other.source
+    if known and encoder_changes(self.source, other.source):
         names = f"{self.source.get('encoder')!r} and of {other.source.get('encoder')!r}"
         raise ValueError(f"moments of {names} do not add up: two encoders")
     both = self.mapped(shift=self.shift if self.count else other.shift)
@@ -283,6 +284,7 @@ def __add__(self:Moments, other):
     for name in _sums: setattr(both, name, getattr(both, name) + getattr(other, name))
     both.apart = [mine + theirs for mine, theirs in zip(self.apart, other.apart)]
     differs = {k: [self.source.get(k), v] for k, v in other.source.items() if v != self.source.get(k)}
+    differs.pop("probe", None)   # its last digits
     both.source = self.source | differs
     return both
 
@@ -324,15 +326,25 @@ def _begin(encoder, data, reading, moments_file):
     "Returns moments so far, the images that this process has still to see, and its file."
     rank, world = this_process()
     file = moments_file and Path(f"{moments_file}.{rank}of{world}" if world > 1 else moments_file)
+    if file: check_file(file, "moments_file")
     source = describe_fit(encoder, data, reading)
-    if file and file.exists(): moments = _resume(file, source)
-    else: moments = Moments(check_image_size(reading.size, encoder.patch_size), encoder.embed_dim, apart=True)
+    if file: source["data"] = data_source(data, masks=False, load=True)
+    moments = _resume(file, source) if file and file.exists() else None
+    grid_size = check_image_size(reading.size, encoder.patch_size)
+    if not moments: moments = Moments(grid_size, encoder.embed_dim, apart=True)
+    if file: check_room(file.absolute().parent, sum(getattr(moments, name).nbytes for name in _sums))
     moments.source = source
     return moments, range(rank, len(data), world)[moments.count:], file
 
 def _resume(file, source):
+    "The sums in a file; None, and a word, where an earlier version did not note which images they are of."
     moments = Moments.load(file)
-    if moments.source == source: return moments
+    then, now = ({n: v for n, v in told.items() if n != "probe"} for told in (moments.source, source))
+    if then == now and not encoder_changes(moments.source, source): return moments
+    old = "content" not in then.get("data", {})
+    if old and then == now | dict(data=then.get("data")):
+        warnings.warn(f"{file} does not say which images its sums are of: they are made anew", stacklevel=5)
+        return None
     what = f"moments of {moments.source}, not of {source}"
     raise ValueError(f"{file} holds {what}: remove it, or name another file")
 

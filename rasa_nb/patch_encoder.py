@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['OFFICIAL_RESAMPLING', 'PatchEncoder', 'check_image_size', 'Parts', 'block_tokens', 'ViTEncoder', 'resample',
-           'official_resampling', 'timm_parts', 'transformers_parts', 'hub_parts', 'FitSize', 'WrappedEncoder']
+           'official_resampling', 'timm_parts', 'transformers_parts', 'hub_parts', 'FitSize', 'WrappedEncoder',
+           'probe_image', 'probe', 'probes_agree', 'probe_text']
 
 # %% ../nbs/01_patch_encoder.ipynb #c003
 import copy, warnings
@@ -14,6 +15,7 @@ from fnmatch import fnmatch
 from functools import partial
 from math import isqrt
 from typing import Callable
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +23,8 @@ from fastcore.basics import patch
 from torch import nn
 
 # %% ../nbs/01_patch_encoder.ipynb #i001
-from .reading import Reading, Transformed, batches   # first: it makes torchvision importable
+# first: it makes torchvision importable
+from .reading import Reading, Transformed, batches, height_width
 
 # %% ../nbs/01_patch_encoder.ipynb #i002
 from torchvision.transforms import v2
@@ -485,3 +488,96 @@ def at(self:WrappedEncoder,
     if hasattr(self.base, "at"): return self.around(self.base.at(layer, norm))
     raise TypeError(f"{self.name} is around {self.base.name}, which has no blocks to choose from: "
                     f"a {type(self.base).__name__}, expected a ViTEncoder")
+
+# %% ../nbs/01_patch_encoder.ipynb #q002
+def probe_image(
+    grid:tuple,      # (gh, gw), patches
+    patch_size:int,  # pixels per side
+) -> torch.Tensor:
+    "Returns the picture that encoders are probed with, [1, 3, gh * patch_size, gw * patch_size] in [0, 1]."
+    rows, columns = grid
+    random = torch.Generator().manual_seed(0)
+    colors = torch.rand(1, 3, rows, columns, generator=random)
+    grain = torch.rand(1, 3, rows * patch_size, columns * patch_size, generator=random)
+    colors = colors.repeat_interleave(patch_size, 2).repeat_interleave(patch_size, 3)
+    return .7 * colors + .3 * grain
+
+# %% ../nbs/01_patch_encoder.ipynb #q004
+@torch.no_grad()
+def _probe_tokens(encoder):
+    "Tokens [gh, gw, D] of the picture, computed by one thread; None where no size is taken."
+    own = tuple(max(1, side // encoder.patch_size) for side in height_width(encoder.image_size))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)   # the number of threads changes the last digits
+    try:
+        for grid in ((4, 6), own):
+            try: return encoder(probe_image(grid, encoder.patch_size))[0].double().cpu()
+            except torch.OutOfMemoryError: raise
+            except Exception: continue   # of any module: it takes another size only
+    finally: torch.set_num_threads(threads)
+
+# %% ../nbs/01_patch_encoder.ipynb #q006
+def probe(
+    encoder,        # a `PatchEncoder`
+    weights=None,   # a value that changes with its weights, as their hash; None: torch's count of writes
+) -> tuple:
+    "Returns 32 numbers that tell what an encoder does to one picture; none where it takes no size."
+    while getattr(type(encoder), "same_tokens", False): encoder = encoder.base
+    state = _probe_state(encoder, weights)
+    known, numbers = _probes.get(encoder, (None, None))
+    if known is None or not _unchanged(known, state):
+        tokens = _probe_tokens(encoder)
+        numbers = () if tokens is None else _random_sums(tokens.flatten(0, 1))
+        _probes[encoder] = state, numbers
+    return numbers
+
+_probes = WeakKeyDictionary()   # encoder -> its state, and the numbers
+
+def _random_sums(tokens, n=16):
+    mean = tokens.mean(0)
+    return tuple(sum((_signed_sums(part.flatten(), n) for part in (mean, tokens - mean)), []))
+
+def _signed_sums(values, n):
+    signs = torch.randint(2, (n, len(values)), generator=torch.Generator().manual_seed(0)) * 2. - 1
+    return (signs.double() @ values / len(values)**.5).tolist()
+
+# %% ../nbs/01_patch_encoder.ipynb #q007
+def _probe_state(encoder, weights):
+    "What an encoder is made of: its weights, and every public attribute of every module in it."
+    tensors = [*encoder.parameters(), *encoder.buffers()]
+    if weights is None: weights = [_written(t) for t in tensors]
+    settings = [value for module in encoder.modules() for name, value in vars(module).items()
+                if name[0] != "_"]
+    return weights, [type(module) for module in encoder.modules()], settings
+
+def _written(tensor): return tensor.data_ptr(), None if tensor.is_inference() else tensor._version
+
+def _unchanged(before, now):
+    "The same weights, and the very same objects as settings."
+    if before[:2] != now[:2] or len(before[2]) != len(now[2]): return False
+    return all(a is b for a, b in zip(before[2], now[2]))
+
+# %% ../nbs/01_patch_encoder.ipynb #q009
+def probes_agree(
+    a,                     # numbers of `probe`
+    b,                     # the same of another encoder, or from a file
+    tolerance:float=.03,   # share of their length by which either half may differ; .1 for half precision
+) -> bool:
+    "Returns whether two encoders do the same to the picture, as far as rounding lets one see."
+    if len(a) != len(b): return False
+    a, b = (torch.tensor(numbers, dtype=torch.float64).view(2, -1) for numbers in (a, b))
+    return bool(((a - b).norm(dim=1) <= tolerance * _lengths(a)).all())
+
+def probe_text(
+    numbers,    # of `probe`
+) -> str:
+    "Returns the numbers rounded to steps of a twentieth of their size, as a text to be hashed."
+    if not numbers: return "none"
+    numbers = torch.tensor(numbers, dtype=torch.float64).view(2, -1)
+    step = 2.**(_lengths(numbers) / numbers.shape[1]**.5).log2().round() / 20
+    return f"{step.tolist()} {(numbers / step[:, None]).round().tolist()}"
+
+def _lengths(numbers):
+    "Length of either half; what is below a thousandth of the other half is rounding."
+    lengths = numbers.norm(dim=1)
+    return lengths.maximum(lengths.flip(0) / 1000).clamp(min=1e-30)

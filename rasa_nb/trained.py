@@ -20,7 +20,7 @@ from torch.utils.data import Subset
 # %% ../nbs/02c_trained.ipynb #c004
 from .reading import Reading, batches
 from .patch_encoder import check_image_size
-from .store import collect_tokens
+from .store import check_folder, collect_tokens
 from .moments import check_finite, describe_fit, position_targets
 from .head import RASAHead
 from .rasa import PositionRemover, check_enough, complement
@@ -126,6 +126,7 @@ def fit(self:TrainedRASA,
 ):
     "Learns from images encoded once, augmented (with `reaugment` n_heads * epochs times), and returns self."
     reading = Reading.of(reading, size=encoder.image_size, augment="published", seed=self.random_state)
+    if folder: check_folder(folder, "folder")
     source, shown = describe_fit(encoder, data, reading), reading.apply(data)
     if not self.reaugment:
         kind = "memmap" if folder else "float32"
