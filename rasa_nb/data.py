@@ -386,9 +386,9 @@ def _recall():
             for line in file:
                 if not line.endswith(b"\n"): break   # still being written
                 _log["read"] += len(line)
-                with suppress(ValueError):   # a damaged line
+                with suppress(ValueError, TypeError):   # a damaged line
                     key, stamp, found = json.loads(line)
-                    _known[key] = stamp, found
+                    if isinstance(found, str): _known[key] = stamp, found
 
 # %% ../nbs/00_data.ipynb #c041
 def read_image(
