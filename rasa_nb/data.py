@@ -99,6 +99,31 @@ class Around(SegmentationData):
     def load(self, i): return self.data[i]
     def label(self, i): return self.data.label(i)
 
+# %% ../nbs/00_data.ipynb #pi000002
+@patch
+def load_image(self:SegmentationData, i, at_least=None):
+    "Returns the image of item `i`; one made smaller is no smaller than `at_least`, (height, width)."
+    return self.load(i)[0]
+
+@patch
+def only_image(self:SegmentationData, i, at_least=None):
+    "Returns the image of item `i` without its mask, uint8 [3, H, W], at full size or at least `at_least`."
+    if not -len(self) <= i < len(self): raise IndexError(f"item {i} of {len(self)}")
+    i = range(len(self))[i]
+    loads, loads_image, items = (_owner(self, name) for name in ("load", "load_image", "__getitem__"))
+    if items is not SegmentationData: return self[i][0]
+    alone = issubclass(loads_image, loads)
+    return tv_tensors.Image(self.load_image(i, at_least) if alone else self.load(i)[0])
+
+@patch
+def load_image(self:Around, i, at_least=None):
+    if isinstance(self.data, SegmentationData): return self.data.only_image(i, at_least)
+    return self.data[i][0]
+
+def _owner(data, name):
+    "The class, of all that a dataset inherits from, whose method it uses."
+    return next(owner for owner in type(data).__mro__ if name in vars(owner))
+
 # %% ../nbs/00_data.ipynb #d0000009
 class First(Around):
     "The first `n` items of a dataset."
@@ -123,17 +148,20 @@ def first(self:SegmentationData,
 # %% ../nbs/00_data.ipynb #c041
 _unreadable = (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError)   # what Pillow raises
 
-def _open(path, mode):
+def _open(path, mode, at_least=None):
     try:
-        with PILImage.open(path) as file: return np.array(file.convert(mode) if mode else file)
+        with PILImage.open(path) as file:
+            if at_least: file.draft(mode, (max(at_least), max(at_least)))   # a JPEG's own smaller scales
+            return np.array(file.convert(mode) if mode else file)
     except FileNotFoundError: raise
     except _unreadable as error: raise ValueError(f"{path} cannot be read as an image: {error}") from error
 
 def read_image(
-    path,    # of a file that Pillow reads: JPEG, PNG, WebP, TIFF, ...
+    path,             # of a file that Pillow reads: JPEG, PNG, WebP, TIFF, ...
+    at_least=None,    # (height, width): a JPEG may be decoded smaller, but no smaller than this
 ) -> torch.Tensor:
     "Returns the image file as RGB, uint8 [3, H, W]; grey and RGBA files become RGB."
-    return torch.from_numpy(_open(path, "RGB")).permute(2, 0, 1)
+    return torch.from_numpy(_open(path, "RGB", at_least)).permute(2, 0, 1)
 
 def read_mask(
     path,    # of a palette or 8-bit grey file
@@ -165,6 +193,10 @@ class ImageFolder(SegmentationData):
     def __len__(self): return len(self.files)
     def load(self, i): return read_image(self.files[i]), None
     def label(self, i): return str(self.files[i])
+
+# %% ../nbs/00_data.ipynb #pi000004
+@patch
+def load_image(self:ImageFolder, i, at_least=None): return read_image(self.files[i], at_least)
 
 # %% ../nbs/00_data.ipynb #d0000014
 def _visible_files(root):
@@ -219,6 +251,10 @@ class ImageMaskFolder(ImageFolder):
 
     def load(self, i): return read_image(self.files[i]), read_mask(self.masks[i])
 
+# %% ../nbs/00_data.ipynb #pi000006
+@patch
+def load_image(self:ImageMaskFolder, i, at_least=None): return read_image(self.files[i], at_least)
+
 # %% ../nbs/00_data.ipynb #c039
 VOC_CLASSES = """background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse
     motorbike person pottedplant sheep sofa train tvmonitor""".split()
@@ -252,6 +288,11 @@ class VOCSegmentation(SegmentationData):
     def load(self, i):
         image = read_image(self.folder / "JPEGImages" / f"{self.ids[i]}.jpg")
         return image, read_mask(self.folder / "SegmentationClass" / f"{self.ids[i]}.png")
+
+# %% ../nbs/00_data.ipynb #pi000005
+@patch
+def load_image(self:VOCSegmentation, i, at_least=None):
+    return read_image(self.folder / "JPEGImages" / f"{self.ids[i]}.jpg", at_least)
 
 # %% ../nbs/00_data.ipynb #c038
 def _download_voc(root):
