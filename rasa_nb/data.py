@@ -99,6 +99,27 @@ class Around(SegmentationData):
     def load(self, i): return self.data[i]
     def label(self, i): return self.data.label(i)
 
+# %% ../nbs/00_data.ipynb #d0000009
+class First(Around):
+    "The first `n` items of a dataset."
+    def __init__(self,
+        data,     # a dataset
+        n:int,    # how many items to keep; more than there are keeps all
+    ):
+        if n < 1: raise ValueError(f"n={n}: expected at least one image")
+        super().__init__(data)
+        self.n = min(n, len(data))
+
+    def __len__(self): return self.n
+    def describe(self): return {**self.data.describe(), "images": self.n, "of": len(self.data)}
+
+@patch
+def first(self:SegmentationData,
+    n:int,    # how many items to keep; more than there are keeps all
+):
+    "Returns the same dataset cut to its first `n` items."
+    return First(self, n)
+
 # %% ../nbs/00_data.ipynb #pi000002
 @patch
 def load_image(self:SegmentationData, i, at_least=None):
@@ -123,27 +144,6 @@ def load_image(self:Around, i, at_least=None):
 def _owner(data, name):
     "The class, of all that a dataset inherits from, whose method it uses."
     return next(owner for owner in type(data).__mro__ if name in vars(owner))
-
-# %% ../nbs/00_data.ipynb #d0000009
-class First(Around):
-    "The first `n` items of a dataset."
-    def __init__(self,
-        data,     # a dataset
-        n:int,    # how many items to keep; more than there are keeps all
-    ):
-        if n < 1: raise ValueError(f"n={n}: expected at least one image")
-        super().__init__(data)
-        self.n = min(n, len(data))
-
-    def __len__(self): return self.n
-    def describe(self): return {**self.data.describe(), "images": self.n, "of": len(self.data)}
-
-@patch
-def first(self:SegmentationData,
-    n:int,    # how many items to keep; more than there are keeps all
-):
-    "Returns the same dataset cut to its first `n` items."
-    return First(self, n)
 
 # %% ../nbs/00_data.ipynb #c041
 _unreadable = (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError)   # what Pillow raises
