@@ -126,7 +126,7 @@ def read_tokens(
 ):
     "Reads the images once, for all encoders; tokens that are not finite are refused, with encoder and image."
     done = 0
-    for tokens, _ in encode_together(encoders, reading.apply(data), reading, desc):
+    for tokens, _ in encode_together(encoders, reading.apply(data), reading, desc, masks=False):
         for name, z in tokens.items():
             try: check_finite(z, torch.arange(len(z)) + done)
             except ValueError as error: raise ValueError(f"{name}: {error}") from None

@@ -17,7 +17,7 @@ from torch.utils.data import Subset
 
 # %% ../nbs/02_moments.ipynb #c004
 from .reading import Reading, batches
-from .patch_encoder import check_image_size
+from .patch_encoder import check_image_size, sparing
 from .store import fitted_on, read_safetensors, write_safetensors
 
 # %% ../nbs/02_moments.ipynb #c008
@@ -184,10 +184,10 @@ def collect_moments(
     "Returns the moments of the tokens of all images, augmented."
     reading = Reading.of(reading, size=encoder.image_size, augment="published", seed=0)
     moments, mine, file = _begin(encoder, data, reading, moments_file)
-    shown, saved = Subset(reading.apply(data), mine), time.monotonic()
+    shown, encode, saved = Subset(reading.apply(data), mine), sparing(encoder), time.monotonic()
     try:
-        for images, _ in batches(shown, reading, "fit") if mine else ():
-            moments.update(encoder(images), mine[:len(images)])
+        for images, _ in batches(shown, reading, "fit", encoder.device, masks=False) if mine else ():
+            moments.update(encode(images), mine[:len(images)])
             mine = mine[len(images):]
             if file and time.monotonic() - saved > 30:
                 moments.save(file)

@@ -325,7 +325,7 @@ def fit_together(
     moments.source, tokens = describe_fit(encoder, data, reading), None
     if any(r.needs == "tokens" for r in removers.values()):
         tokens = token_store((len(data), *moments.grid_size, moments.embed_dim))
-    for z, _ in encoder.encode(reading.apply(data), reading, "fit"):
+    for z, _ in encoder.encode(reading.apply(data), reading, "fit", masks=False):
         if tokens is not None: tokens[moments.count:moments.count + len(z)] = z.cpu()
         moments.update(z)
     for remover in removers.values():

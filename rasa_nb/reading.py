@@ -125,18 +125,20 @@ class Prepared(Dataset):
         indices = range(len(data)) if indices is None else indices
         while isinstance(data, Subset): data, indices = data.dataset, [data.indices[i] for i in indices]
         self.data, self.indices, self.masks = data, indices, masks
+        own_items = type(data).__getitem__ is not Transformed.__getitem__   # of a subclass, which counts
+        self.whole = own_items or not isinstance(data, Transformed)
 
     def __len__(self): return len(self.indices)
 
     def __getitem__(self, j):
         i = int(self.indices[j])
-        if isinstance(self.data, Transformed): return self.data.prepared(i, self.masks)
+        if not self.whole: return self.data.prepared(i, self.masks)
         image, mask = self.data[i]
         return image, mask, torch.empty(0)
 
     def finish(self, images, looks):
         "Returns float images, finished on the device that they are on."
-        return self.data.finish(images, looks) if isinstance(self.data, Transformed) else images
+        return images if self.whole else self.data.finish(images, looks)
 
 def _collate(items):
     images, masks, looks = zip(*items)

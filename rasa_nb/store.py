@@ -220,7 +220,7 @@ def collect_tokens(
 ) -> torch.Tensor:
     "Returns the tokens of all images [n, gh, gw, D]."
     store, done = None, 0
-    for tokens, _ in encoder.encode(data, reading):
+    for tokens, _ in encoder.encode(data, reading, masks=False):
         if store is None: store = token_store((len(data), *tokens.shape[1:]), kind, folder)
         write_tokens(store, done, tokens)
         done += len(tokens)
