@@ -96,7 +96,7 @@ def fit_stages(encoder, data, reading, device):
             took, made = seconds(do, device)
             spent[stage] += took
             return made
-        kept = Kept(data, timed("read", lambda: {int(i): (data.only_image(int(i)), None) for i in part}))
+        kept = Kept(data, timed("read", lambda: {int(i): (data.load_image(int(i)), None) for i in part}))
         drawn = Transformed(kept, shown.transform, shown.seed)
         images = timed("augment", lambda: finished([drawn.prepared(int(i)) for i in part], drawn, device))
         tokens = timed("encode", lambda: encoder(images))
@@ -146,7 +146,7 @@ def centers_of(points, k, protocol, device):
 def reading_alone(data): return [data[i] for i in range(len(data))]
 
 
-def images_alone(data): return [data.only_image(i) for i in range(len(data))]
+def images_alone(data): return [data.load_image(i) for i in range(len(data))]
 
 
 def whole_fit(encoder, data, reading): return collect_moments(encoder, data, reading)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 
 # %% ../nbs/00c_augment.ipynb #a0000005
-from .data import Around   # first: it makes torchvision importable
+from .data import Around, ImagesOnly   # first: it makes torchvision importable
 
 # %% ../nbs/00c_augment.ipynb #a0000006
 from torchvision.transforms import v2
@@ -37,14 +37,14 @@ def height_width(
 class InTwoSteps:
     "A transform that prepares images one by one, on bytes, and finishes them in batches, on any device."
     def prepare(self,
-        image,    # uint8 [3, H, W]
+        image,    # [3, H, W], uint8, or floats in [0, 1]
         mask,     # uint8 [H, W], or None
     ):
         "Returns image, mask and look (float32 [L]); what is random comes from torch's generator."
         raise NotImplementedError(f"{type(self).__name__} has no prepare(image, mask)")
 
     def finish(self,
-        images,   # uint8 [B, 3, h, w], prepared
+        images,   # [B, 3, h, w], prepared
         looks,    # [B, L], on the same device
     ):
         "Returns float images [B, 3, h, w] in [0, 1]."
@@ -215,11 +215,11 @@ def finish(self:Published, images, looks):
 
 def _recolor(images, maps, out):
     "Writes the recolored images to `out`, cut off at 0 and 1."
-    pixels = images.float()
-    mean = pixels.sum(-1).long().sum(-1) / images[0, 0].numel()   # a row's sum is exact in float32
+    pixels, white = images.float(), 1 if images.is_floating_point() else 255
+    sums = pixels.sum(-1) if white == 1 else pixels.sum(-1).long()   # of a row of bytes: exact in float32
     M, K = maps.split(3, dim=-1)
-    offset = K @ mean[..., None]
-    torch.baddbmm(offset / 255, M / 255, pixels.flatten(2), out=out.flatten(2)).clamp_(0, 1)
+    offset = K @ (sums.sum(-1) / images[0, 0].numel())[..., None]
+    torch.baddbmm(offset / white, M / white, pixels.flatten(2), out=out.flatten(2)).clamp_(0, 1)
 
 def _blur_some_(images, sigmas):
     "Blurs, in place, those with a sigma above 0."
@@ -263,11 +263,10 @@ class Transformed(Around):
 # %% ../nbs/00c_augment.ipynb #a0000031
 @patch
 def prepared(self:Transformed,
-    i:int,              # which item
-    masks:bool=True,    # False: masks are not read, and a large JPEG may be decoded at a smaller scale
+    i:int,      # which item
 ):
     "Returns image, mask (or None) and look of item `i`, as `finish` takes them in batches."
-    image, mask = self.data[i] if masks else (self._image(i), None)
+    image, mask = (self._image(i), None) if isinstance(self.data, ImagesOnly) else self.data[i]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(np.random.SeedSequence((self.seed, i)).generate_state(1)[0]))
         if isinstance(self.transform, InTwoSteps): prepared = self.transform.prepare(image, mask)
@@ -277,5 +276,6 @@ def prepared(self:Transformed,
 
 @patch
 def _image(self:Transformed, i):
-    if not hasattr(self.data, "only_image"): return self.data[i][0]
-    return self.data.only_image(i, getattr(self.transform, "at_least", None))
+    image = self.load_image(i, getattr(self.transform, "at_least", None))
+    self._check_image(i, image)
+    return image

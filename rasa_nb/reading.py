@@ -19,6 +19,7 @@ from .augment import Evaluation, Transformed, augmentation, height_width
 
 # %% ../nbs/00d_reading.ipynb #r0000006
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+from torchvision.transforms import v2
 from tqdm import tqdm
 
 # %% ../nbs/00d_reading.ipynb #r002
@@ -107,10 +108,9 @@ def batches(
     desc:str="",      # name of the progress bar
     device=None,      # where images are finished and handed over; None: the CPU
     indices=None,     # which items, in which order; None: all
-    masks:bool=True,  # False: masks are not read, and large JPEGs may be decoded smaller: what a fit does
 ):
     "Yields `(images [B, 3, H, W], masks [B, h, w] or None)` in order; the last batch may be smaller."
-    reading, prepared = Reading.of(reading), Prepared(data, indices, masks)
+    reading, prepared = Reading.of(reading), Prepared(data, indices)
     on_gpu = torch.device(device or "cpu").type == "cuda"
     with progress_bar(len(prepared), desc if reading.progress else None) as bar:
         for images, shown, looks in _read_ahead(prepared, reading, on_gpu):
@@ -121,10 +121,10 @@ def batches(
 # %% ../nbs/00d_reading.ipynb #q0000002
 class Prepared(Dataset):
     "The items of a dataset as far as they are prepared where they are read."
-    def __init__(self, data, indices=None, masks=True):
+    def __init__(self, data, indices=None):
         indices = range(len(data)) if indices is None else indices
         while isinstance(data, Subset): data, indices = data.dataset, [data.indices[i] for i in indices]
-        self.data, self.indices, self.masks = data, indices, masks
+        self.data, self.indices = data, indices
         own_items = type(data).__getitem__ is not Transformed.__getitem__   # of a subclass, which counts
         self.whole = own_items or not isinstance(data, Transformed)
 
@@ -132,7 +132,7 @@ class Prepared(Dataset):
 
     def __getitem__(self, j):
         i = int(self.indices[j])
-        if not self.whole: return self.data.prepared(i, self.masks)
+        if not self.whole: return self.data.prepared(i)
         image, mask = self.data[i]
         return image, mask, torch.empty(0)
 
@@ -142,6 +142,8 @@ class Prepared(Dataset):
 
 def _collate(items):
     images, masks, looks = zip(*items)
+    if len({image.dtype for image in images}) > 1:   # bytes, and floats in [0, 1]
+        images = [v2.functional.to_dtype(image, torch.float32, scale=True) for image in images]
     return _stack(images), None if masks[0] is None else _stack(masks), default_collate(looks)
 
 def _stack(items):

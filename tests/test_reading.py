@@ -136,7 +136,7 @@ f = v2.functional
     ("hue", f.adjust_hue, (-.1, .1), .025)])
 def test_each_operation_is_torchvisions(voc_root, what, theirs, amounts, most):
     data = VOCSegmentation(voc_root, "val")
-    images = [data.only_image(i).as_subclass(torch.Tensor)[:, ::4, ::4] / 255 for i in range(20)]
+    images = [data.load_image(i).as_subclass(torch.Tensor)[:, ::4, ::4] / 255 for i in range(20)]
     for amount in amounts:
         M, K = torch.from_numpy(color_map([(what, amount)])).float().split(3, 1)
         ours = [torch.einsum("ij,jhw->ihw", M, x) + (K @ x.mean((1, 2)))[:, None, None] for x in images]
@@ -177,7 +177,6 @@ def test_an_item_is_the_same_in_any_batch_order_worker_and_number_of_threads(sce
     torch.manual_seed(2)
     assert alone.equal(read(Reading(batch_size=4, num_workers=2)))
     assert alone[[7, 3]].equal(read(Reading(), indices=[7, 3])) and data[7][0].equal(alone[7])
-    assert alone.equal(read(Reading(), masks=False))
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     try: assert alone.equal(read(Reading()))
@@ -196,7 +195,7 @@ def test_a_transform_of_ones_own_is_seeded_and_batched(scenes):
 
 @pytest.fixture
 def photos(tmp_path, scenes):
-    "Two large JPEGs, the second upright in landscape, and masks that cannot be read."
+    "Two large JPEGs, and masks that cannot be read."
     for name in ("images", "masks"): (tmp_path / name).mkdir()
     for i, size in enumerate([(640, 480), (400, 800)]):
         image = Image.fromarray(scenes[i][0].permute(1, 2, 0).numpy()).resize(size, Image.Resampling.BICUBIC)
@@ -205,26 +204,38 @@ def photos(tmp_path, scenes):
     return ImageMaskFolder(tmp_path / "images", tmp_path / "masks", 12)
 
 
-def test_a_fit_reads_no_masks_and_no_more_of_a_jpeg_than_it_needs(photos):
-    assert photos.only_image(0).shape == (3, 480, 640)
-    assert photos.first(1).only_image(0, (200, 100)).shape == (3, 240, 320)   # half, no side below 200
-    assert augmentation((48, 32)).at_least == (96, 64)                      # of a crop of a quarter, the size is left
-    shown = Reading(160, "turns").apply(photos)
-    unmasked = Transformed(ImageFolder(photos.root), shown.transform)
-    half, whole = shown.prepared(0, masks=False)[0], unmasked.prepared(0)[0]
+def test_who_learns_reads_no_masks_and_no_more_of_a_jpeg_than_it_needs(photos):
+    assert photos.first(1).load_image(0, (200, 100)).shape == (3, 240, 320)   # half, no side below 200
+    assert photos.images_only()[0][0].shape == photos.load_image(0).shape == (3, 480, 640)
+    assert augmentation((48, 32)).at_least == (96, 64)                        # of a crop of a quarter, the size is left
+    shown = Reading(160, "turns").apply(photos.first(2).images_only())
+    half, whole = shown.prepared(0)[0], Transformed(ImageFolder(photos.root), shown.transform).prepared(0)[0]
     assert 0 < (half.float() - whole.float()).abs().mean() < 3
-    assert next(batches(shown, Reading(), masks=False))[1] is None
-    with pytest.raises(ValueError, match="0.png cannot be read"): next(batches(shown, Reading()))
+    images, masks = next(batches(shown))
+    assert masks is None and images.shape == (2, 3, 160, 160)
+    upright = Transformed(photos.images_only(), Evaluation(160))              # as a score reads, at full size
+    assert upright[0][0].equal(Transformed(ImageFolder(photos.root), Evaluation(160))[0][0])
 
 
-def test_a_load_of_ones_own_is_never_passed_over(image_folders):
-    "A subclass that says how items are loaded, and nothing of images alone."
-    class Dark(ImageFolder):
-        def load(self, i): return super().load(i)[0] // 2, None
-    dark = Dark(image_folders / "images")
-    for data in (dark, dark.first(2)): assert data.only_image(0, (8, 8)).equal(dark[0][0])
-    doubled = Transformed(dark, lambda image, mask: (image, mask))
-    assert doubled.only_image(1).equal(dark[1][0])
+def test_an_image_stored_on_its_side_is_read_smaller_upright(tmp_path):
+    picture, exif = Image.new("RGB", (640, 320), "red"), Image.Exif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / "0.jpg", exif=exif)
+    assert ImageFolder(tmp_path).load_image(0, (200, 90)).shape == (3, 640, 320)   # a half is 160 wide
+    assert ImageFolder(tmp_path).load_image(0, (150, 90)).shape == (3, 320, 160)
+
+
+def test_floats_and_bytes_are_one_image(scenes):
+    "A dataset may give floats in [0, 1], or now one and now the other."
+    class Floats(Scenes):
+        kinds = (True,)
+        def load(self, i):
+            image, mask = super().load(i)
+            return image / 255 if self.kinds[i % len(self.kinds)] else image, mask
+    class Both(Floats): kinds = True, False
+    for augment in ("none", "published", "turns"):
+        read = [next(batches(Reading(96, augment).apply(kind("val", 4))))[0] for kind in (Scenes, Floats, Both)]
+        assert (read[0] - read[1]).abs().max() < 3 / 255 and (read[0] - read[2]).abs().max() < 3 / 255
 
 
 # Workers
