@@ -10,6 +10,7 @@ __all__ = ['VOC_CLASSES', 'import_torchvision', 'SegmentationData', 'Around', 'P
 # %% ../nbs/00_data.ipynb #c003
 import hashlib, importlib, json, os, re, shutil, socket, sys, tempfile, time, unicodedata, warnings
 from contextlib import suppress
+from functools import partial
 from io import BytesIO
 from operator import attrgetter
 from pathlib import Path
@@ -131,9 +132,14 @@ class Around(SegmentationData):
     def __len__(self): return len(self.data)
     def load(self, i): return self.data[self.place(i)]
     def load_image(self, i): return _image_of(self.data, self.place(i))
-    def item_content(self, i, masks): return _content_of(self.data, self.place(i), masks)
+    def item_content(self, i, masks): return _item_content(self.data)(self.place(i), masks)
     def label(self, i): return self.data.label(self.place(i))
-    def about(self): return {**self.data.about(), "images": len(self)}
+    def about(self): return {**_about(self.data), "images": len(self)}
+
+def _about(data):
+    "What a dataset says about itself, in `about` or, as was the way, in a `describe` of its own."
+    if type(data).describe is SegmentationData.describe: return data.about()
+    return {name: value for name, value in data.describe().items() if name != "content"}
 
 def _is_dataset(given): return hasattr(given, "describe") and hasattr(given, "label")
 
@@ -361,9 +367,8 @@ def _remember(key, stamp, found):
     if time.time_ns() - max(stamp[1:3]) < _settled: return
     _known[key] = stamp, found
     with suppress(OSError, RuntimeError):   # no home, or none to write to
-        path = _log_path()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        line = json.dumps([key, stamp, found]).encode() + b"\n"
+        path, line = _log_path(), json.dumps([key, stamp, found]).encode() + b"\n"
+        if not path.exists(): path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab", buffering=0) as file: file.write(line)   # in one piece, beside other processes
 
 def _log_path():
@@ -776,13 +781,15 @@ def content(
 ) -> str:
     "Returns a hash of what a dataset holds, 16 hexadecimal digits."
     _recall()
-    digest = hashlib.sha256(f"rasa_nb reading {_reading}".encode())
-    for i in range(len(data)): digest.update(f"\n{_content_of(data, i, masks)}".encode())
+    one, digest = _item_content(data), hashlib.sha256(f"rasa_nb reading {_reading}".encode())
+    for i in range(len(data)): digest.update(f"\n{one(i, masks)}".encode())
     return digest.hexdigest()[:16]
 
-def _content_of(data, i, masks):
-    "Text that changes with what an item holds: as the dataset says, or a hash of what it loads."
-    if _is_said(data): return data.item_content(i, masks)
+def _item_content(data):
+    "A function (item, masks) that gives what the dataset says of an item, or a hash of what it loads."
+    return data.item_content if _is_said(data) else partial(_loaded_content, data)
+
+def _loaded_content(data, i, masks):
     image, mask = data[i] if masks else (_image_of(data, i), None)
     return " ".join(_tensor_content(x) for x in (image, mask) if x is not None)
 
