@@ -11,6 +11,7 @@ __all__ = ['VOC_CLASSES', 'import_torchvision', 'SegmentationData', 'Around', 'P
 import hashlib, importlib, json, os, re, shutil, socket, sys, tempfile, time, unicodedata, warnings
 from contextlib import suppress
 from functools import partial
+from inspect import signature
 from io import BytesIO
 from operator import attrgetter
 from pathlib import Path
@@ -59,8 +60,8 @@ class SegmentationData(Dataset):
         "Returns image and mask, or image and None, of item `i`; a dataset of your own defines it."
         raise NotImplementedError(f"{type(self).__name__} has no load(i), which says how items are read")
 
-    def load_image(self, i):
-        "Returns the image of item `i`; defined where it can be read without its mask."
+    def load_image(self, i, at_least=None):
+        "Returns the image of item `i`, or a smaller one, not below `at_least` (height, width)."
         return self.load(i)[0]
 
     def item_content(self, i, masks:bool) -> str:
@@ -131,7 +132,7 @@ class Around(SegmentationData):
     def place(self, i): return i   # in `self.data`
     def __len__(self): return len(self.data)
     def load(self, i): return self.data[self.place(i)]
-    def load_image(self, i): return _image_of(self.data, self.place(i))
+    def load_image(self, i, at_least=None): return _image_of(self.data, self.place(i), at_least)
     def item_content(self, i, masks): return _item_content(self.data)(self.place(i), masks)
     def label(self, i): return self.data.label(self.place(i))
     def about(self): return {**_about(self.data), "images": len(self)}
@@ -179,6 +180,7 @@ def first(self:SegmentationData,
 class ImagesOnly(Around):
     "The images of a dataset; its masks are not read, where it can do without, and not checked."
     def load(self, i): return self.load_image(i), None
+    def load_image(self, i, at_least=None): return super().load_image(i, at_least)   # beside `load`: it holds
     def item_content(self, i, masks): return super().item_content(i, False)
 
 @patch
@@ -186,8 +188,10 @@ def images_only(self:SegmentationData):
     "Returns the same dataset without its masks, which need not exist."
     return ImagesOnly(self)
 
-def _image_of(data, i):
-    if _holds(data, "load_image"): return data.load_image(i)
+def _image_of(data, i, at_least=None):
+    if _holds(data, "load_image"):
+        smaller = at_least is not None and "at_least" in signature(data.load_image).parameters
+        return data.load_image(i, at_least) if smaller else data.load_image(i)
     return data.load(i)[0] if _holds(data, "load") else data[i][0]
 
 def _holds(data, method):
@@ -392,10 +396,14 @@ def _recall():
 
 # %% ../nbs/00_data.ipynb #c041
 def read_image(
-    path,    # of a file that Pillow reads: JPEG, PNG, WebP, TIFF, ...; of several frames the first is taken
+    path,            # of a file that Pillow reads: JPEG, PNG, WebP, TIFF, ...; of several frames the first
+    at_least=None,   # (height, width): a JPEG may be decoded at a half, quarter or eighth, but not below this
 ) -> torch.Tensor:
     "Returns the image file as RGB, uint8 [3, H, W]. Raises `ValueError` for one that is damaged or unclear."
-    return _open(path, to_rgb)
+    def read(picture):
+        if at_least: picture.draft(None, (max(at_least), max(at_least)))   # upright or not
+        return to_rgb(picture)
+    return _open(path, read)
 
 def read_mask(
     path,    # of a file without loss, such as PNG: gray or palette up to 8 bits, or 16 with ids below 256
@@ -477,7 +485,7 @@ class ImageFiles(SegmentationData):
 
     def __len__(self): return len(self.files)
     def label(self, i): return str(self.files[i])
-    def load_image(self, i): return read_image(self.files[i])
+    def load_image(self, i, at_least=None): return read_image(self.files[i], at_least)
 
     def load(self, i):
         image = self.load_image(i)
@@ -607,7 +615,7 @@ class ImageList(SegmentationData):
 
     def __len__(self): return len(self.items)
 
-    def load_image(self, i):
+    def load_image(self, i, at_least=None):
         item = self.items[i]
         return to_rgb(item[0] if isinstance(item, (tuple, list)) else item, self.label(i))
 

@@ -20,7 +20,7 @@ from torch.utils.data import Subset
 # %% ../nbs/02_moments.ipynb #c004
 from .data import as_data
 from .reading import Reading, batches
-from .patch_encoder import check_image_size
+from .patch_encoder import check_image_size, sparing
 from .store import (check_file, check_room, data_source, encoder_changes, fitted_on,
                            read_safetensors, write_safetensors)
 
@@ -311,10 +311,10 @@ def collect_moments(
     data = as_data(data, masks=False)
     reading = Reading.of(reading, size=encoder.image_size, augment="published", seed=0)
     moments, mine, file = _begin(encoder, data, reading, moments_file)
-    shown, saved = Subset(reading.apply(data), mine), time.monotonic()
+    shown, encode, saved = Subset(reading.apply(data), mine), sparing(encoder), time.monotonic()
     try:
-        for images, _ in batches(shown, reading, "fit") if mine else ():
-            moments.update(encoder(images), mine[:len(images)])
+        for images, _ in batches(shown, reading, "fit", encoder.device) if mine else ():
+            moments.update(encode(images), mine[:len(images)])
             mine = mine[len(images):]
             if file and time.monotonic() - saved > 30:
                 moments.save(file)

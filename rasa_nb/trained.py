@@ -18,7 +18,7 @@ from torch.utils.data import Subset
 # %% ../nbs/02c_trained.ipynb #c004
 from .data import as_data
 from .reading import Reading, batches
-from .patch_encoder import check_image_size
+from .patch_encoder import check_image_size, sparing
 from .checkpoints import read_file
 from .store import check_folder, collect_tokens
 from .moments import check_finite, describe_fit, position_targets
@@ -168,13 +168,15 @@ def _check_tokens(patch_tokens):
 @patch
 def _encoded_anew(self:TrainedRASA, encoder, data, reading):
     "Returns a function from an epoch to batches of tokens [b, N, D], augmented anew, in a new order."
+    encode = sparing(encoder)
     def epoch_tokens(epoch):
         seed = reading.seed + epoch
         how = reading.replace(seed=seed, batch_size=self.batch_size)
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
         shown = Subset(how.apply(data), order.tolist())
-        for (images, _), indices in zip(batches(shown, how, f"epoch {epoch}"), order.split(self.batch_size)):
-            tokens = encoder(images)
+        read = batches(shown, how, f"epoch {epoch}", encoder.device)
+        for (images, _), indices in zip(read, order.split(self.batch_size)):
+            tokens = encode(images)
             check_finite(tokens, indices)
             yield tokens.flatten(1, 2).cpu()
     return epoch_tokens

@@ -1,9 +1,8 @@
-"""Datasets and how they are read: what holds for any seed, and files as people have them."""
+"""Datasets: what holds for any, and files as people have them."""
 import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import pytest
 import torch
 from conftest import color_encoder
 from PIL import Image
-from tqdm import tqdm
 
 import rasa_nb.data
 from rasa_nb.data import (
@@ -22,81 +20,7 @@ from rasa_nb.reading import Evaluation, Reading, Transformed, augmentation, batc
 from rasa_nb.scenes import Scenes
 
 
-# How images are read
-
-@pytest.mark.parametrize("fields, message", [
-    (dict(size=0), "size=0: expected a whole number of pixels"),
-    (dict(size=(96, 96, 3)), r"size=\(96, 96, 3\)"),
-    (dict(size=(96, -1)), r"size=\(96, -1\)"),
-    (dict(size=True), "size=True"),
-    (dict(size="448"), "size='448'"),
-    (dict(augment="crops"), "augment='crops': expected 'published', 'turns' or 'none'"),
-    (dict(seed=-1), "seed=-1: expected a whole number, 0 or more"),
-    (dict(seed=1.5), "seed=1.5"),
-    (dict(batch_size=0), "batch_size=0: expected a whole number, 1 or more"),
-    (dict(num_workers=-2), "num_workers=-2: expected a whole number, 0 or more")])
-def test_a_reading_refuses_what_it_cannot_be(fields, message):
-    with pytest.raises(ValueError, match=message): Reading(**fields)
-
-
-def test_what_is_no_reading_is_refused():
-    expected = r"expected None, a size in pixels, \(height, width\), or a Reading"
-    for given in ({"size": 96}, 96., Scenes("val", 2)):
-        with pytest.raises(TypeError, match=expected): Reading.of(given)
-
-
-def test_numbers_of_numpy_become_plain_ones():
-    "What a head remembers of a fit is written as JSON."
-    reading = Reading((np.int64(96), np.int32(48)), seed=np.int64(3), batch_size=np.uint8(4))
-    assert json.loads(json.dumps(asdict(reading)))["size"] == [96, 48]
-    assert reading == Reading((96, 48), seed=3, batch_size=4) and Reading.of(np.int64(96)) == Reading(96)
-
-
-def test_defaults_fill_what_is_open_and_nothing_else():
-    given = Reading(augment="none", seed=0, batch_size=4)
-    filled = Reading.of(given, size=96, augment="published", seed=7)
-    assert filled == Reading(96, "none", 0, 4) and given.size is None
-
-
-def test_images_are_not_read_at_no_size(scenes):
-    with pytest.raises(ValueError, match="say at what size"): Reading(augment="published").apply(scenes)
-
-
-def test_workers_and_order_do_not_change_what_is_read(scenes):
-    data = Reading(32, "published", seed=5).apply(scenes.first(12))
-    torch.manual_seed(1)
-    alone = torch.cat([images for images, _ in batches(data, Reading(batch_size=5))])
-    torch.manual_seed(2)
-    helped = torch.cat([images for images, _ in batches(data, Reading(batch_size=4, num_workers=2))])
-    assert alone.equal(helped) and data[7][0].equal(alone[7])
-    assert not alone[0].equal(Reading(32, "published", seed=6).apply(scenes)[0][0])
-
-
-def test_augmentation_unties_content_and_place():
-    "A picture bright above and dark below is, augmented, as often the other way round or sideways."
-    class Gradient(Scenes):
-        def load(self, i):
-            gradient = torch.linspace(255, 0, 96).to(torch.uint8)
-            return gradient.view(1, 96, 1).expand(3, 96, 96).clone(), super().load(i)[1]
-    data = Transformed(Gradient("train", 120), augmentation(24))
-    images = torch.cat([images for images, _ in batches(data)]).mean(1)
-    images = images - images.mean((1, 2), keepdim=True)
-    assert images.mean(0).abs().max() < .25 * images.std()
-
-
-@pytest.mark.parametrize("size", [40, 100, (50, 130)])
-def test_evaluation_makes_up_no_ids(scenes, size):
-    image, mask = scenes[0]
-    small = Evaluation(48, size)(image, mask)[1]
-    assert set(small.unique().tolist()) <= set(mask.unique().tolist())
-
-
-def test_bars_show_only_where_asked_for(scenes, capsys, monkeypatch):
-    monkeypatch.setattr("rasa_nb.reading.tqdm", lambda **options: tqdm(**{**options, "delay": 0}))
-    for progress in (False, True):
-        list(batches(Reading(16).apply(scenes.first(2)), Reading(progress=progress), "draw"))
-        assert ("draw" in capsys.readouterr().out) is progress
-
+# Datasets
 
 def test_reading_data_loads_no_plots_and_no_methods():
     heavy = ("matplotlib", "pandas", "seaborn", "sklearn", "scipy", "timm", "IPython", "rasa_nb.encoders")
@@ -104,8 +28,6 @@ def test_reading_data_loads_no_plots_and_no_methods():
     run = subprocess.run([sys.executable, "-c", found], capture_output=True, text=True)
     assert run.stdout.strip() == "[]", run.stderr
 
-
-# Datasets
 
 class Own(SegmentationData):
     "A dataset of one's own, with attributes that mean something else than the library's."
@@ -125,12 +47,6 @@ def test_a_mask_without_classes_is_refused():
     own = Own()
     own.classes = None
     with pytest.raises(ValueError, match="item 1 has a mask, but 'own' names no classes"): own[1]
-
-
-def test_a_batch_of_several_sizes_is_refused(image_folders):
-    Image.new("RGB", (50, 40)).save(image_folders / "images/small.png")
-    data = ImageFolder(image_folders / "images")
-    with pytest.raises(ValueError, match="40 x 50 and 96 x 96: resize to one first"): list(batches(data))
 
 
 def test_items_are_counted_like_those_of_a_list(scenes):
