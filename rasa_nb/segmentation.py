@@ -24,6 +24,7 @@ from scipy.sparse import csr_array
 from torch.utils.data import Subset
 
 # %% ../nbs/02h_segmentation.ipynb #i002
+from .data import as_data
 from .reading import Evaluation, Reading, Transformed, progress_bar
 from .patch_encoder import check_image_size
 from .store import atomic, check_folder, data_source, fingerprint, token_store
@@ -52,8 +53,7 @@ def overcluster(
 ):
     """Returns the mIoU of every encoder for every k and seed.
     Images are scored at the data's `native_size`; else at the reading's size, else at the protocol's."""
-    if data.num_classes is None: raise ValueError(f"{data.name} has no masks to score against")
-    reading = Reading.of(reading)
+    data, reading = as_data(data, masks=True), Reading.of(reading)
     if not isinstance(encoders, dict): encoders = {encoders.name: encoders}
     if protocol.images: data = data.first(protocol.images)
     size = data.native_size or reading.size or protocol.image_size

@@ -77,7 +77,11 @@ def fitted_on(
         embed_dim=encoder.embed_dim, patch_size=encoder.patch_size,
         layers=list(getattr(encoder, "layers", ())) or None, norm=getattr(encoder, "norm", True),
         probe=[float(f"{number:.6g}") for number in probe(encoder, encoder_hash(encoder))],
-        license=encoder.license, versions=_versions())
+        license=encoder.license, **_origin(encoder), versions=_versions())
+
+def _origin(encoder):
+    "Which weights of which file, where there is one."
+    return {} if encoder.origin is None else dict(origin=encoder.origin)
 
 def _versions(): return {package: _version(package) for package in ("rasa_nb", "torch", "timm")}
 
@@ -131,7 +135,8 @@ def _settings(module):
     "The type of a module and its public settings, as text."
     public = {name: value for name, value in vars(module).items() if name[0] != "_"}
     public |= {name: tuple(value) for name, value in public.items() if isinstance(value, list)}
-    settings = {name: _as_text(value) for name, value in public.items() if name not in ("name", "license")}
+    said = "name", "license", "origin"   # of the encoder, which say nothing about its tokens
+    settings = {name: _as_text(value) for name, value in public.items() if name not in said}
     shown = re.sub(" at 0x[0-9a-f]+", "", module.extra_repr())   # an address says nothing
     return type(module).__qualname__, shown, settings
 

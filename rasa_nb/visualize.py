@@ -31,8 +31,8 @@ from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import KMeans
 
 # %% ../nbs/02l_visualize.ipynb #c005
-from .data import as_image
-from .reading import Evaluation, Reading
+from .data import as_data, as_image
+from .reading import Evaluation, Reading, height_width
 from .patch_encoder import PatchEncoder, WrappedEncoder
 from .moments import Moments
 from .head import encode_together, tokens_via
@@ -50,7 +50,7 @@ def fitting_size(
     small = f"smaller than one patch of {encoder.name} ({p} x {p})"
     if min(height, width) < p:
         raise ValueError(f"image of {height} x {width} pixels is {small}: give a larger one")
-    scale = encoder.image_size / sqrt(height * width)
+    scale = sqrt(prod(height_width(encoder.image_size))) / sqrt(height * width)
     wanted = (height * scale, width * scale)
     if image_size is not None:
         wanted = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
@@ -625,7 +625,7 @@ def collect_together(
     reading=None,    # a `Reading`, or a size in pixels; None: each encoder's own size, augmented as published
 ) -> dict:
     "Returns name -> patch tokens of all images [n, gh, gw, D], on the CPU, from one pass of each base."
-    encoders, groups = named_encoders(encoders), {}
+    data, encoders, groups = as_data(data, masks=False), named_encoders(encoders), {}
     reading = Reading.of(reading, augment="published", seed=1)   # a fit has seed 0: no draw is seen twice
     for name, encoder in encoders.items():
         groups.setdefault(reading.size or encoder.image_size, {})[name] = encoder

@@ -141,7 +141,7 @@ def test_refused(encoder, what):
 def test_a_text_model_is_no_vit():
     transformers = pytest.importorskip("transformers")
     small = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
-    with pytest.raises(TypeError, match=r"BertModel \(bert\) is not one of clip_vision_model, dinov2"):
+    with pytest.raises(TypeError, match=r"BertModel \(bert\) holds none of beit, clip_vision_model"):
         transformers_parts(transformers.BertModel(transformers.BertConfig(**small)))
 
 
