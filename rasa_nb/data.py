@@ -10,6 +10,8 @@ __all__ = ['VOC_CLASSES', 'import_torchvision', 'SegmentationData', 'Around', 'P
 # %% ../nbs/00_data.ipynb #c003
 import hashlib, importlib, json, os, re, shutil, socket, sys, tempfile, time, unicodedata, warnings
 from contextlib import suppress
+from functools import partial
+from inspect import signature
 from io import BytesIO
 from operator import attrgetter
 from pathlib import Path
@@ -58,8 +60,8 @@ class SegmentationData(Dataset):
         "Returns image and mask, or image and None, of item `i`; a dataset of your own defines it."
         raise NotImplementedError(f"{type(self).__name__} has no load(i), which says how items are read")
 
-    def load_image(self, i):
-        "Returns the image of item `i`; defined where it can be read without its mask."
+    def load_image(self, i, at_least=None):
+        "Returns the image of item `i`, or a smaller one, not below `at_least` (height, width)."
         return self.load(i)[0]
 
     def item_content(self, i, masks:bool) -> str:
@@ -130,10 +132,15 @@ class Around(SegmentationData):
     def place(self, i): return i   # in `self.data`
     def __len__(self): return len(self.data)
     def load(self, i): return self.data[self.place(i)]
-    def load_image(self, i): return _image_of(self.data, self.place(i))
-    def item_content(self, i, masks): return _content_of(self.data, self.place(i), masks)
+    def load_image(self, i, at_least=None): return _image_of(self.data, self.place(i), at_least)
+    def item_content(self, i, masks): return _item_content(self.data)(self.place(i), masks)
     def label(self, i): return self.data.label(self.place(i))
-    def about(self): return {**self.data.about(), "images": len(self)}
+    def about(self): return {**_about(self.data), "images": len(self)}
+
+def _about(data):
+    "What a dataset says about itself, in `about` or, as was the way, in a `describe` of its own."
+    if type(data).describe is SegmentationData.describe: return data.about()
+    return {name: value for name, value in data.describe().items() if name != "content"}
 
 def _is_dataset(given): return hasattr(given, "describe") and hasattr(given, "label")
 
@@ -173,6 +180,7 @@ def first(self:SegmentationData,
 class ImagesOnly(Around):
     "The images of a dataset; its masks are not read, where it can do without, and not checked."
     def load(self, i): return self.load_image(i), None
+    def load_image(self, i, at_least=None): return super().load_image(i, at_least)   # beside `load`: it holds
     def item_content(self, i, masks): return super().item_content(i, False)
 
 @patch
@@ -180,8 +188,10 @@ def images_only(self:SegmentationData):
     "Returns the same dataset without its masks, which need not exist."
     return ImagesOnly(self)
 
-def _image_of(data, i):
-    if _holds(data, "load_image"): return data.load_image(i)
+def _image_of(data, i, at_least=None):
+    if _holds(data, "load_image"):
+        smaller = at_least is not None and "at_least" in signature(data.load_image).parameters
+        return data.load_image(i, at_least) if smaller else data.load_image(i)
     return data.load(i)[0] if _holds(data, "load") else data[i][0]
 
 def _holds(data, method):
@@ -361,9 +371,8 @@ def _remember(key, stamp, found):
     if time.time_ns() - max(stamp[1:3]) < _settled: return
     _known[key] = stamp, found
     with suppress(OSError, RuntimeError):   # no home, or none to write to
-        path = _log_path()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        line = json.dumps([key, stamp, found]).encode() + b"\n"
+        path, line = _log_path(), json.dumps([key, stamp, found]).encode() + b"\n"
+        if not path.exists(): path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab", buffering=0) as file: file.write(line)   # in one piece, beside other processes
 
 def _log_path():
@@ -381,16 +390,20 @@ def _recall():
             for line in file:
                 if not line.endswith(b"\n"): break   # still being written
                 _log["read"] += len(line)
-                with suppress(ValueError):   # a damaged line
+                with suppress(ValueError, TypeError):   # a damaged line
                     key, stamp, found = json.loads(line)
-                    _known[key] = stamp, found
+                    if isinstance(found, str): _known[key] = stamp, found
 
 # %% ../nbs/00_data.ipynb #c041
 def read_image(
-    path,    # of a file that Pillow reads: JPEG, PNG, WebP, TIFF, ...; of several frames the first is taken
+    path,            # of a file that Pillow reads: JPEG, PNG, WebP, TIFF, ...; of several frames the first
+    at_least=None,   # (height, width): a JPEG may be decoded at a half, quarter or eighth, but not below this
 ) -> torch.Tensor:
     "Returns the image file as RGB, uint8 [3, H, W]. Raises `ValueError` for one that is damaged or unclear."
-    return _open(path, to_rgb)
+    def read(picture):
+        if at_least: picture.draft(None, (max(at_least), max(at_least)))   # upright or not
+        return to_rgb(picture)
+    return _open(path, read)
 
 def read_mask(
     path,    # of a file without loss, such as PNG: gray or palette up to 8 bits, or 16 with ids below 256
@@ -472,7 +485,7 @@ class ImageFiles(SegmentationData):
 
     def __len__(self): return len(self.files)
     def label(self, i): return str(self.files[i])
-    def load_image(self, i): return read_image(self.files[i])
+    def load_image(self, i, at_least=None): return read_image(self.files[i], at_least)
 
     def load(self, i):
         image = self.load_image(i)
@@ -602,7 +615,7 @@ class ImageList(SegmentationData):
 
     def __len__(self): return len(self.items)
 
-    def load_image(self, i):
+    def load_image(self, i, at_least=None):
         item = self.items[i]
         return to_rgb(item[0] if isinstance(item, (tuple, list)) else item, self.label(i))
 
@@ -776,13 +789,15 @@ def content(
 ) -> str:
     "Returns a hash of what a dataset holds, 16 hexadecimal digits."
     _recall()
-    digest = hashlib.sha256(f"rasa_nb reading {_reading}".encode())
-    for i in range(len(data)): digest.update(f"\n{_content_of(data, i, masks)}".encode())
+    one, digest = _item_content(data), hashlib.sha256(f"rasa_nb reading {_reading}".encode())
+    for i in range(len(data)): digest.update(f"\n{one(i, masks)}".encode())
     return digest.hexdigest()[:16]
 
-def _content_of(data, i, masks):
-    "Text that changes with what an item holds: as the dataset says, or a hash of what it loads."
-    if _is_said(data): return data.item_content(i, masks)
+def _item_content(data):
+    "A function (item, masks) that gives what the dataset says of an item, or a hash of what it loads."
+    return data.item_content if _is_said(data) else partial(_loaded_content, data)
+
+def _loaded_content(data, i, masks):
     image, mask = data[i] if masks else (_image_of(data, i), None)
     return " ".join(_tensor_content(x) for x in (image, mask) if x is not None)
 

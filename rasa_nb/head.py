@@ -8,6 +8,7 @@ __all__ = ['RASAHead', 'DebiasedEncoder', 'check_meeting', 'unwrap', 'warn_if_fo
 
 # %% ../nbs/02a_head.ipynb #c003
 import copy, json, warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from torch import nn
 
 # %% ../nbs/02a_head.ipynb #c004
 from .reading import batches
-from .patch_encoder import WrappedEncoder
+from .patch_encoder import WrappedEncoder, sparing
 from .store import encoder_changes, fitted_on, read_safetensors, write_safetensors, write_whole
 
 # %% ../nbs/02a_head.ipynb #c007
@@ -182,9 +183,10 @@ def encode_together(
     reading=None,        # a `Reading`: batch size, workers, progress
     desc:str="encode",   # name of the progress bar
 ):
-    "Yields `({name: patch tokens [B, gh, gw, D]}, masks)` over the dataset."
-    for images, masks in batches(data, reading, desc):
-        yield tokens_via(encoders, images), masks
+    "Yields `({name: patch tokens [B, gh, gw, D]}, masks)` over the dataset; halves batches as `encode` does."
+    encode, device = sparing(partial(tokens_via, encoders)), next(iter(encoders.values())).device
+    for images, found in batches(data, reading, desc, device):
+        yield encode(images), found
 
 def tokens_via(
     encoders:dict,   # name -> encoder

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OFFICIAL_RESAMPLING', 'PatchEncoder', 'check_image_size', 'Parts', 'one_side', 'image_side', 'block_tokens',
            'ViTEncoder', 'resample', 'official_resampling', 'timm_parts', 'transformers_vit', 'transformers_parts',
-           'hub_parts', 'FitSize', 'WrappedEncoder', 'probe_image', 'probe', 'probes_agree', 'probe_text']
+           'hub_parts', 'FitSize', 'sparing', 'WrappedEncoder', 'probe_image', 'probe', 'probes_agree', 'probe_text']
 
 # %% ../nbs/01_patch_encoder.ipynb #c003
 import copy, warnings
@@ -24,6 +24,7 @@ from torch import nn
 
 # %% ../nbs/01_patch_encoder.ipynb #i001
 # first: it makes torchvision importable
+from .data import as_data
 from .reading import Reading, Transformed, batches, height_width
 
 # %% ../nbs/01_patch_encoder.ipynb #i002
@@ -529,12 +530,43 @@ def encode(self:PatchEncoder,
     data,               # a dataset; a `Transformed` is taken as it is, any other is resized
     reading=None,       # a `Reading`, or a size in pixels; None: the encoder's own size
     desc:str="encode",  # name of the progress bar
+    indices=None,       # which items, in which order; None: all
 ):
     "Yields `(patch_tokens [B, gh, gw, D], masks [B, h, w] or None)` over the dataset, in order."
-    reading = Reading.of(reading, size=self.image_size)
-    shown = data if isinstance(data, Transformed) else reading.apply(data)
-    for images, masks in batches(shown, reading, desc):
-        yield self(images), masks
+    data, reading = as_data(data), Reading.of(reading, size=self.image_size)
+    shown, encode = data if isinstance(data, Transformed) else reading.apply(data), sparing(self)
+    for images, found in batches(shown, reading, desc, self.device, indices):
+        yield encode(images), found
+
+# %% ../nbs/01_patch_encoder.ipynb #oom00002
+def sparing(
+    encode,    # images [B, 3, H, W] -> tokens [B, ...], or a dict of them
+):
+    "Returns `encode` with batches halved, and a warning, where it runs out of memory."
+    most = None
+    def spared(images):
+        nonlocal most
+        while True:
+            parts = images.split(most or len(images))
+            try: return _joined([encode(part) for part in parts])
+            except RuntimeError as error:
+                if not _is_out_of_memory(error) or len(parts[0]) == 1: raise
+            most = (len(parts[0]) + 1) // 2   # out of the `except`, which holds on to memory
+            if torch.cuda.is_available(): torch.cuda.empty_cache()
+            warnings.warn(f"out of memory: going on with {most} images at a time, e.g. "
+                          f"Reading(batch_size={most}) from the start", stacklevel=3)
+    return spared
+
+def _is_out_of_memory(error):
+    "Whether a device, or this machine, had no memory left."
+    if isinstance(error, torch.OutOfMemoryError): return True
+    return any(words in str(error) for words in ("out of memory", "can't allocate memory", "ALLOC_FAILED"))
+
+def _joined(parts):
+    "Tokens, or dicts of tokens, of the parts of a batch as those of the whole."
+    if len(parts) == 1: return parts[0]
+    if not isinstance(parts[0], dict): return torch.cat(parts)
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 # %% ../nbs/01_patch_encoder.ipynb #w002
 class WrappedEncoder(PatchEncoder):

@@ -16,8 +16,9 @@ from torch import nn
 from torch.utils.data import Subset
 
 # %% ../nbs/02c_trained.ipynb #c004
+from .data import as_data
 from .reading import Reading, batches
-from .patch_encoder import check_image_size
+from .patch_encoder import check_image_size, sparing
 from .checkpoints import read_file
 from .store import check_folder, collect_tokens
 from .moments import check_finite, describe_fit, position_targets
@@ -117,7 +118,7 @@ def _unit_targets(targets):
 def _check(self:TrainedRASA, embed_dim, n_targets):
     if self.basis not in ("global", "pairwise"):
         raise ValueError(f"basis={self.basis!r}: expected 'global' or 'pairwise'")
-    most = embed_dim // n_targets
+    most = (embed_dim - 1) // n_targets    # as many as leave something
     if 1 <= self.n_heads <= most: return
     each = f"since each head takes {n_targets} of the {embed_dim} dimensions"
     raise ValueError(f"n_heads={self.n_heads}: expected 1 to {most}, {each}")
@@ -131,6 +132,7 @@ def fit(self:TrainedRASA,
     folder=None,      # for a 16-bit file of tokens that may be larger than memory; None: in memory
 ):
     "Learns from images encoded once, augmented (with `reaugment` n_heads * epochs times), and returns self."
+    data = as_data(data, masks=False)
     if folder: check_folder(folder, "folder")
     reading = Reading.of(reading, size=encoder.image_size, augment="published", seed=self.random_state)
     source, shown = describe_fit(encoder, data, reading), reading.apply(data)
@@ -166,13 +168,15 @@ def _check_tokens(patch_tokens):
 @patch
 def _encoded_anew(self:TrainedRASA, encoder, data, reading):
     "Returns a function from an epoch to batches of tokens [b, N, D], augmented anew, in a new order."
+    encode = sparing(encoder)
     def epoch_tokens(epoch):
         seed = reading.seed + epoch
         how = reading.replace(seed=seed, batch_size=self.batch_size)
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
         shown = Subset(how.apply(data), order.tolist())
-        for (images, _), indices in zip(batches(shown, how, f"epoch {epoch}"), order.split(self.batch_size)):
-            tokens = encoder(images)
+        read = batches(shown, how, f"epoch {epoch}", encoder.device)
+        for (images, _), indices in zip(read, order.split(self.batch_size)):
+            tokens = encode(images)
             check_finite(tokens, indices)
             yield tokens.flatten(1, 2).cpu()
     return epoch_tokens

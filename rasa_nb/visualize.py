@@ -31,7 +31,7 @@ from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import KMeans
 
 # %% ../nbs/02l_visualize.ipynb #c005
-from .data import as_image
+from .data import as_data, as_image
 from .reading import Evaluation, Reading, height_width
 from .patch_encoder import PatchEncoder, WrappedEncoder
 from .moments import Moments
@@ -625,7 +625,7 @@ def collect_together(
     reading=None,    # a `Reading`, or a size in pixels; None: each encoder's own size, augmented as published
 ) -> dict:
     "Returns name -> patch tokens of all images [n, gh, gw, D], on the CPU, from one pass of each base."
-    encoders, groups = named_encoders(encoders), {}
+    data, encoders, groups = as_data(data, masks=False), named_encoders(encoders), {}
     reading = Reading.of(reading, augment="published", seed=1)   # a fit has seed 0: no draw is seen twice
     for name, encoder in encoders.items():
         groups.setdefault(reading.size or encoder.image_size, {})[name] = encoder

@@ -1,100 +1,26 @@
-"""Datasets and how they are read: what holds for any seed, and files as people have them."""
+"""Datasets: what holds for any, and files as people have them."""
 import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import color_encoder
 from PIL import Image
-from tqdm import tqdm
 
 import rasa_nb.data
 from rasa_nb.data import (
-    First, ImageFiles, ImageFolder, ImageList, ImageMaskFolder, Part, SegmentationData, VOCSegmentation, as_data,
-    as_image, content, file_content)
+    ImageFolder, ImageList, ImageMaskFolder, Part, SegmentationData, VOCSegmentation, as_data, content,
+    file_content)
 from rasa_nb.reading import Evaluation, Reading, Transformed, augmentation, batches
 from rasa_nb.scenes import Scenes
 
 
-# How images are read
-
-@pytest.mark.parametrize("fields, message", [
-    (dict(size=0), "size=0: expected a whole number of pixels"),
-    (dict(size=(96, 96, 3)), r"size=\(96, 96, 3\)"),
-    (dict(size=(96, -1)), r"size=\(96, -1\)"),
-    (dict(size=True), "size=True"),
-    (dict(size="448"), "size='448'"),
-    (dict(augment="crops"), "augment='crops': expected 'published', 'turns' or 'none'"),
-    (dict(seed=-1), "seed=-1: expected a whole number, 0 or more"),
-    (dict(seed=1.5), "seed=1.5"),
-    (dict(batch_size=0), "batch_size=0: expected a whole number, 1 or more"),
-    (dict(num_workers=-2), "num_workers=-2: expected a whole number, 0 or more")])
-def test_a_reading_refuses_what_it_cannot_be(fields, message):
-    with pytest.raises(ValueError, match=message): Reading(**fields)
-
-
-def test_what_is_no_reading_is_refused():
-    expected = r"expected None, a size in pixels, \(height, width\), or a Reading"
-    for given in ({"size": 96}, 96., Scenes("val", 2)):
-        with pytest.raises(TypeError, match=expected): Reading.of(given)
-
-
-def test_numbers_of_numpy_become_plain_ones():
-    "What a head remembers of a fit is written as JSON."
-    reading = Reading((np.int64(96), np.int32(48)), seed=np.int64(3), batch_size=np.uint8(4))
-    assert json.loads(json.dumps(asdict(reading)))["size"] == [96, 48]
-    assert reading == Reading((96, 48), seed=3, batch_size=4) and Reading.of(np.int64(96)) == Reading(96)
-
-
-def test_defaults_fill_what_is_open_and_nothing_else():
-    given = Reading(augment="none", seed=0, batch_size=4)
-    filled = Reading.of(given, size=96, augment="published", seed=7)
-    assert filled == Reading(96, "none", 0, 4) and given.size is None
-
-
-def test_images_are_not_read_at_no_size(scenes):
-    with pytest.raises(ValueError, match="say at what size"): Reading(augment="published").apply(scenes)
-
-
-def test_workers_and_order_do_not_change_what_is_read(scenes):
-    data = Reading(32, "published", seed=5).apply(scenes.first(12))
-    torch.manual_seed(1)
-    alone = torch.cat([images for images, _ in batches(data, Reading(batch_size=5))])
-    torch.manual_seed(2)
-    helped = torch.cat([images for images, _ in batches(data, Reading(batch_size=4, num_workers=2))])
-    assert alone.equal(helped) and data[7][0].equal(alone[7])
-    assert not alone[0].equal(Reading(32, "published", seed=6).apply(scenes)[0][0])
-
-
-def test_augmentation_unties_content_and_place():
-    "A picture bright above and dark below is, augmented, as often the other way round or sideways."
-    class Gradient(Scenes):
-        def load(self, i):
-            gradient = torch.linspace(255, 0, 96).to(torch.uint8)
-            return gradient.view(1, 96, 1).expand(3, 96, 96).clone(), super().load(i)[1]
-    data = Transformed(Gradient("train", 120), augmentation(24))
-    images = torch.cat([images for images, _ in batches(data)]).mean(1)
-    images = images - images.mean((1, 2), keepdim=True)
-    assert images.mean(0).abs().max() < .25 * images.std()
-
-
-@pytest.mark.parametrize("size", [40, 100, (50, 130)])
-def test_evaluation_makes_up_no_ids(scenes, size):
-    image, mask = scenes[0]
-    small = Evaluation(48, size)(image, mask)[1]
-    assert set(small.unique().tolist()) <= set(mask.unique().tolist())
-
-
-def test_bars_show_only_where_asked_for(scenes, capsys, monkeypatch):
-    monkeypatch.setattr("rasa_nb.reading.tqdm", lambda **options: tqdm(**{**options, "delay": 0}))
-    for progress in (False, True):
-        list(batches(Reading(16).apply(scenes.first(2)), Reading(progress=progress), "draw"))
-        assert ("draw" in capsys.readouterr().out) is progress
-
+# Datasets
 
 def test_reading_data_loads_no_plots_and_no_methods():
     heavy = ("matplotlib", "pandas", "seaborn", "sklearn", "scipy", "timm", "IPython", "rasa_nb.encoders")
@@ -102,8 +28,6 @@ def test_reading_data_loads_no_plots_and_no_methods():
     run = subprocess.run([sys.executable, "-c", found], capture_output=True, text=True)
     assert run.stdout.strip() == "[]", run.stderr
 
-
-# Datasets
 
 class Own(SegmentationData):
     "A dataset of one's own, with attributes that mean something else than the library's."
@@ -125,12 +49,6 @@ def test_a_mask_without_classes_is_refused():
     with pytest.raises(ValueError, match="item 1 has a mask, but 'own' names no classes"): own[1]
 
 
-def test_a_batch_of_several_sizes_is_refused(image_folders):
-    Image.new("RGB", (50, 40)).save(image_folders / "images/small.png")
-    data = ImageFolder(image_folders / "images")
-    with pytest.raises(ValueError, match="40 x 50 and 96 x 96: resize to one first"): list(batches(data))
-
-
 def test_items_are_counted_like_those_of_a_list(scenes):
     few = scenes.first(3)
     assert few[-1][0].equal(few[2][0])
@@ -139,19 +57,22 @@ def test_items_are_counted_like_those_of_a_list(scenes):
 
 
 @pytest.mark.parametrize("image, got", [
-    (torch.zeros(8, 8, 3, dtype=torch.uint8), r"torch.uint8 \(8, 8, 3\)"), (torch.full((3, 8, 8), 200.), "torch.float32"),
+    (torch.zeros(8, 8, 3, dtype=torch.uint8), r"torch.uint8 \(8, 8, 3\)"),
+    (torch.full((3, 8, 8), 200.), "torch.float32"),
     (torch.zeros(3, 8, 8, dtype=torch.int32), "torch.int32"), (Image.new("RGB", (8, 8)), "Image")])
 def test_an_item_whose_image_is_none_is_refused(image, got):
     class Odd(Own):
         def load(self, i): return image, None
-    with pytest.raises(TypeError, match=f"item 2: the image is {got}.*expected a tensor .3, H, W. of uint8"): Odd()[2]
+    said = f"item 2: the image is {got}.*expected a tensor .3, H, W. of uint8"
+    with pytest.raises(TypeError, match=said): Odd()[2]
 
 
 def test_groups_go_with_their_items(scenes):
     data = scenes.first(6)
     data.groups = list("aabbcc")
     assert data.first(3).groups == list("aab") and Part(data, [5, 0]).groups == ["c", "a"]
-    assert Reading(16).apply(data).groups == data.images_only().groups == data.groups and scenes.groups is None
+    assert Reading(16).apply(data).groups == data.images_only().groups == data.groups
+    assert scenes.groups is None
     data.groups = ["a"]
     with pytest.raises(ValueError, match="1 groups for 6 items, expected one each"): data.first(2)
 
@@ -164,7 +85,7 @@ def test_images_are_learned_from_without_their_masks(scenes):
     assert Unmasked().images_only().first(2)[1][1] is None and Unmasked().images_only().classes == ["a", "b"]
 
 def test_what_a_subclass_loads_is_what_is_learned_from(image_folders):
-    "A class below one that reads files says otherwise what its items are: neither its images nor its hash are the files'."
+    "Where a class below one that reads files loads otherwise, images and hash are not the files'."
     class Inverted(ImageFolder):
         def load(self, i): return 255 - super().load(i)[0], None
     plain, inverted = ImageFolder(image_folders / "images"), Inverted(image_folders / "images")
@@ -227,8 +148,9 @@ def test_linked_folders_are_followed_once_each(image_folders, tmp_path, scenes):
 
 def test_a_link_to_nothing_is_named(image_folders):
     os.symlink("gone.png", image_folders / "images/a/3.png")
-    with pytest.raises(ValueError, match="1 of 4 files .* 3.png .a link to nothing"): ImageFolder(image_folders / "images")
-    with pytest.warns(UserWarning, match="3.png"): assert len(ImageFolder(image_folders / "images", "skip")) == 3
+    folder, said = image_folders / "images", "3.png .a link to nothing"
+    with pytest.raises(ValueError, match=f"1 of 4 files .* {said}"): ImageFolder(folder)
+    with pytest.warns(UserWarning, match=said): assert len(ImageFolder(folder, "skip")) == 3
 
 
 def test_two_files_of_one_name_are_no_pair(image_folders):
@@ -260,14 +182,15 @@ def test_images_in_hand_are_data(scenes, image_folders):
     batch, files = torch.stack(tensors), sorted((image_folders / "images/a").iterdir())
     arrays = batch.permute(0, 2, 3, 1).numpy()
     given = dict(
-        batch=batch, floats=batch / 255, half=(batch / 255).half(), list=tensors, tuple=tuple(tensors), arrays=arrays,
+        batch=batch, floats=batch / 255, half=(batch / 255).half(), list=tensors, tuple=tuple(tensors),
+        arrays=arrays, own=scenes.first(3), transformed=Reading(96).apply(scenes.first(3)),
         pictures=pictures(scenes), labeled=[(picture, 7) for picture in pictures(scenes)], files=files,
         names=list(map(str, files)), folder=image_folders / "images", name=str(image_folders / "images"),
-        part=torch.utils.data.Subset(scenes, [0, 1, 2]), own=scenes.first(3), transformed=Reading(96).apply(scenes.first(3)))
+        part=torch.utils.data.Subset(scenes, [0, 1, 2]))
     for kind, those in given.items():
         data = as_data(those)
-        images = torch.stack([image if image.dtype == torch.uint8 else image.mul(255).byte() for image, _ in data])
-        assert len(data) == 3 and images.sub(batch).eq(0).all(), kind
+        images = [image if image.dtype == torch.uint8 else image.mul(255).byte() for image, _ in data]
+        assert len(data) == 3 and torch.stack(images).sub(batch).eq(0).all(), kind
         assert as_data(those, masks=False)[2][1] is None
     for one in (batch[0], pictures(scenes)[0], files[0], str(files[0]), arrays[0]):
         assert len(as_data(one)) == 1 and as_data(one)[0][0].equal(batch[0])
@@ -285,7 +208,7 @@ def torchvision_sets(scenes, root):
         picture.save(voc / f"classes/{'cat' if i else 'dog'}/{i}.png")
         Image.fromarray(scenes[i][1].numpy()).save(voc / f"SegmentationClass/{i}.png")
     (voc / "ImageSets/Segmentation/train.txt").write_text("0\n1\n2\n")
-    return (lambda **how: TheirVOC(root, "2012", "train", **how)), (lambda **how: ClassFolder(voc / "classes", **how))
+    return partial(TheirVOC, root, "2012", "train"), partial(ClassFolder, voc / "classes")
 
 
 def test_datasets_of_torchvision_are_data(scenes, tmp_path):
@@ -298,7 +221,8 @@ def test_datasets_of_torchvision_are_data(scenes, tmp_path):
     for given in (classes(), classes(transform=v2.ToImage())):
         assert as_data(given)[0][0].equal(scenes[1][0]) and as_data(given).classes is None
     normalized = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, True), v2.Normalize([.5] * 3, [.2] * 3)])
-    with pytest.raises(ValueError, match="item 0 ranges from .*undo its normalization"): as_data(classes(transform=normalized))
+    with pytest.raises(ValueError, match="item 0 ranges from .*undo its normalization"):
+        as_data(classes(transform=normalized))
     assert content(as_data(voc()), masks=True) == content(VOCSegmentation(tmp_path), masks=True)
 
 
@@ -320,16 +244,16 @@ def generator(scenes): return (image for image, _ in scenes)
 @pytest.mark.parametrize("give, error, said", [
     (loader, TypeError, "DataLoader is no dataset: give its dataset, `loader.dataset`.*Reading"),
     (generator, TypeError, "a generator is no dataset.*of a generator make a list"),
-    (lambda scenes: [1, 2], TypeError, "list of items that begin with a int is no dataset of images: expected an ImageFolder"),
+    (lambda scenes: [1, 2], TypeError, "list of items that begin with a int is no dataset"),
     (lambda scenes: [dict(image=1)], TypeError, "list of items that begin with a dict"),
     (lambda scenes: dict(a=scenes[0][0]), TypeError, "a dict is no dataset of images"),
     (lambda scenes: None, TypeError, "a NoneType is no dataset of images: expected an ImageFolder"),
     (lambda scenes: [scenes[0][1]], TypeError, "item 0 is a Mask"),
     (lambda scenes: [], ValueError, "an empty list is no dataset"),
-    (lambda scenes: "no/such/folder", FileNotFoundError, "'no/such/folder' is no folder and no file: expected"),
+    (lambda scenes: "no/such", FileNotFoundError, "'no/such' is no folder and no file: expected"),
     (lambda scenes: torch.zeros(2, 3, 3, 8, 8), ValueError, "item 0 has shape"),
     (lambda scenes: torch.randn(2, 3, 8, 8), ValueError, "undo its normalization, or divide by 255"),
-    (lambda scenes: torch.zeros(2, 3, 8, 8, dtype=torch.long), TypeError, "item 0 holds int64: expected uint8")])
+    (lambda scenes: torch.zeros(2, 3, 8, 8).long(), TypeError, "item 0 holds int64: expected uint8")])
 def test_what_is_no_dataset_is_named(give, error, said, scenes):
     with pytest.raises(error, match=said): as_data(give(scenes))
 
@@ -351,6 +275,34 @@ def test_pairs_in_hand_are_scored(scenes):
     with pytest.raises(ValueError, match="the mask of item 0: .*got mode RGB"): color[0]
 
 
+class Meant(SegmentationData):
+    "A dataset whose masks are not to be looked at."
+    name, classes = "meant", ["a", "b"]
+    def __init__(self, images): self.images = images
+    def __len__(self): return len(self.images)
+    def load_image(self, i): return self.images[i]
+    def load(self, i): raise AssertionError("a mask was looked at")
+
+
+def test_what_learns_and_measures_takes_what_people_hold_and_no_mask(scenes):
+    from rasa_nb.baselines import RemovePCA
+    from rasa_nb.measures import position_r2, position_report
+    from rasa_nb.moments import collect_moments
+    from rasa_nb.rasa import PositionMean, fit_together
+    from rasa_nb.trained import TrainedRASA
+    from rasa_nb.visualize import collect_together
+    encoder = color_encoder()
+    images = torch.stack([scenes[i][0].as_subclass(torch.Tensor)[:, :48, :48] for i in range(20)])
+    verbs = [
+        collect_moments, partial(fit_together, dict(mean=PositionMean())), RemovePCA(1).fit,
+        TrainedRASA(n_heads=1, epochs=1).fit, lambda *args: position_r2(*args, 48),
+        lambda *args: position_report(*args, 48, k=4, mlp=False), lambda *args: collect_together(*args, 48)]
+    for verb in verbs:
+        for given in (Meant(images), list(images)): verb(encoder, given)
+    moments = [collect_moments(encoder, given) for given in (Meant(images), images, images / 255)]
+    assert all(torch.equal(moments[0].cell_sums, other.cell_sums) for other in moments)
+
+
 # What a dataset holds
 
 def settle(monkeypatch): monkeypatch.setattr(rasa_nb.data, "_settled", -10**18)
@@ -366,7 +318,7 @@ def test_content_follows_images_and_masks(image_folders):
     Image.fromarray(mask).save(path)
     assert content(read()) == images and content(read(), masks=True) != both
     Image.new("RGB", (96, 96)).save(image_folders / "images/a/1.png")
-    assert content(read()) != images == content(read().first(1)) or content(read()) != images
+    assert content(read()) != images
 
 
 def test_folders_of_one_name_and_size_are_told_apart(tmp_path):
@@ -394,7 +346,6 @@ def test_pictures_that_swap_names_are_seen(tmp_path, monkeypatch):
 def test_a_dataset_holds_what_its_items_are_whatever_it_is_called(scenes):
     assert content(scenes.first(4)) == content(Scenes("train", 4)) == content(Part(Scenes("train"), range(4)))
     assert content(scenes.first(4)) != content(Scenes("train", 4, seed=1)) != content(Scenes("val", 4))
-    assert content(First(Own(), 2)) == content(Own(), masks=False)[:0] + content(Own().first(2))
     assert content(Reading(16).apply(scenes.first(2))) != content(scenes.first(2))
     class Brighter(Scenes):
         def load(self, i): return super().load(i)[0] // 2, None
@@ -427,13 +378,24 @@ def test_a_file_is_hashed_once_and_while_it_is_decoded(image_folders, tmp_path, 
     assert list(map(file_content, data.files)) == named and not read
 
 
+def test_workers_tell_what_they_have_hashed(image_folders, tmp_path, monkeypatch):
+    settle(monkeypatch)
+    monkeypatch.setenv("RASA_NB_CACHE", str(tmp_path / "memory"))
+    data = ImageFolder(image_folders / "images")
+    list(batches(Reading(16).apply(data), Reading(num_workers=2, batch_size=1)))
+    expected = [rasa_nb.data._hash(path.read_bytes()) for path in data.files]
+    monkeypatch.setattr(rasa_nb.data, "_hash", lambda data: "read again")
+    content(data)
+    assert list(map(file_content, data.files)) == expected
+
+
 def test_hashes_are_kept_where_they_can_be(image_folders, tmp_path, monkeypatch):
     settle(monkeypatch)
     expected = content(ImageFolder(image_folders / "images"))
     (tmp_path / "file").write_text("no folder")
     damaged = tmp_path / "damaged/contents.jsonl"
     damaged.parent.mkdir()
-    damaged.write_bytes(b'{"\n[1]\n\xff\n["half')
+    damaged.write_bytes(b'{"\n[1]\n7\n[[], 1, 2]\n["a", 1, 2]\n\xff\n["half')
     def homeless(): raise RuntimeError("no home")
     monkeypatch.setattr(Path, "home", homeless)
     for place in (tmp_path / "file", damaged.parent, ""):
@@ -473,7 +435,8 @@ def test_voc_is_read(voc_root):
 def small_voc(tmp_path, scenes):
     "Two images in the official layout, and a list that names them by id."
     folder = tmp_path / "VOCdevkit/VOC2012"
-    for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"): (folder / name).mkdir(parents=True)
+    for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (folder / name).mkdir(parents=True)
     for i, picture in enumerate(pictures(scenes, 2)):
         picture.save(folder / f"JPEGImages/2007_{i}.jpg")
         Image.fromarray(scenes[i][1].numpy()).save(folder / f"SegmentationClass/2007_{i}.png")
@@ -481,8 +444,8 @@ def small_voc(tmp_path, scenes):
 
 
 def test_lists_of_other_code_name_two_paths_a_line(small_voc, scenes):
-    lines = ["JPEGImages/2007_1.jpg SegmentationClass/2007_1.png", "/JPEGImages/2007_0.jpg /SegmentationClass/2007_0.png",
-             "VOCdevkit/VOC2012/JPEGImages/2007_1.jpg VOCdevkit/VOC2012/SegmentationClass/2007_1.png", "2007_0", ""]
+    def line(i, above=""): return f"{above}JPEGImages/2007_{i}.jpg {above}SegmentationClass/2007_{i}.png"
+    lines = [line(1), line(0, "/"), line(1, "VOCdevkit/VOC2012/"), "2007_0", ""]
     (small_voc / "ImageSets/Segmentation/both.txt").write_text("\ufeff" + "\r\n".join(lines), "utf-8")
     data = VOCSegmentation(small_voc.parent.parent, "both")
     assert data.ids == ["2007_1", "2007_0", "2007_1", "2007_0"]
@@ -500,7 +463,8 @@ def test_trainaug_is_learned_from_without_its_masks(small_voc, scenes):
     assert len(data.describe()["content"]) == 16 and learned.describe() == data.describe()
     batch, masks = next(batches(Reading(32, "published").apply(learned)))
     assert batch.shape == (2, 3, 32, 32) and masks is None
-    with pytest.raises(FileNotFoundError, match="VOC 2007_1 has no mask .*SegmentationClassAug.*learning needs none"): data[1]
+    said = "VOC 2007_1 has no mask .*SegmentationClassAug.*learning needs none"
+    with pytest.raises(FileNotFoundError, match=said): data[1]
     (small_voc / "SegmentationClass").rename(small_voc / "SegmentationClassAug")
     assert data[1][1].equal(scenes[1][1])
 

@@ -1,4 +1,4 @@
-"""Files of every kind, size, name and damage: each is read rightly or refused by name, none is changed in silence."""
+"""Files of every kind, size, name and damage: read rightly or refused by name, never changed in silence."""
 import struct
 import warnings
 import zlib
@@ -13,7 +13,8 @@ from rasa_nb.data import ImageFolder, ImageMaskFolder, as_image, read_image, rea
 
 rng = np.random.default_rng(0)
 COLORS = np.kron(rng.integers(0, 256, (6, 8, 3)), np.ones((4, 4, 1))).astype(np.uint8)   # [24, 32, 3]
-FORMATS = """PNG TIFF BMP GIF JPEG WEBP PPM TGA JPEG2000 PCX SGI IM MSP XBM ICO DDS SPIDER AVIF QOI DIB BLP""".split()
+FORMATS = """PNG TIFF BMP GIF JPEG WEBP PPM TGA JPEG2000 PCX SGI IM MSP XBM ICO DDS SPIDER AVIF QOI DIB
+    BLP""".split()
 LOSSY = "JPEG", "JPEG2000", "WEBP", "AVIF", "BLP"   # as Pillow writes them unasked
 MODES = "1 L P RGB RGBA CMYK YCbCr LAB HSV I F LA PA RGBX RGBa La I;16 I;16B I;16L I;16N".split()
 
@@ -44,7 +45,7 @@ def picture_of(mode):
     "The colors as a picture of a mode, with half of it transparent where the mode can say so."
     picture = Image.fromarray(COLORS)
     gray = np.asarray(picture.convert("L"))
-    if mode.startswith("I;16"): return Image.frombytes(mode, picture.size, (gray.astype(ENDS[mode]) * 257).tobytes())
+    if mode in ENDS: return Image.frombytes(mode, picture.size, (gray * 257.).astype(ENDS[mode]).tobytes())
     if mode == "I": return Image.fromarray(gray.astype(np.int32) * 257)
     if mode == "F": return Image.fromarray(gray.astype(np.float32) / 255)
     if mode == "LAB": return lab(picture)
@@ -72,7 +73,8 @@ def lab(picture):
 def seen(mode):
     "What a picture of that mode shows, by Pillow alone and without the package: [24, 32, 3]."
     picture = picture_of(mode)
-    if mode[0] in "IF" or mode in ("L", "LA", "La", "PA"): shown = Image.fromarray(COLORS).convert("L").convert("RGB")
+    gray = mode[0] in "IF" or mode in ("L", "LA", "La", "PA")
+    if gray: shown = Image.fromarray(COLORS).convert("L").convert("RGB")
     elif mode in ("RGBA", "RGBa", "LAB"): shown = Image.fromarray(COLORS)
     else: shown = picture.convert("RGB")
     shown = np.array(shown)
@@ -182,7 +184,8 @@ def test_ids_of_few_bits_are_not_spread(bits, tmp_path):
     (png(np.array([[3, 256]]), 16), "ids go from 3 to 256: expected 0 to 255")])
 def test_what_cannot_be_class_ids_is_refused_with_its_reason(data, said, tmp_path):
     (tmp_path / "m.bin").write_bytes(data)
-    with pytest.raises(ValueError, match=f"m.bin cannot be read as a mask: .*{said}"): read_mask(tmp_path / "m.bin")
+    said = f"m.bin cannot be read as a mask: .*{said}"
+    with pytest.raises(ValueError, match=said): read_mask(tmp_path / "m.bin")
 
 
 # Upright
@@ -192,7 +195,8 @@ def test_what_cannot_be_class_ids_is_refused_with_its_reason(data, said, tmp_pat
 def test_images_and_masks_are_turned_as_pillow_turns_them(format, orientation, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    plain, turned = encoded(Image.fromarray(COLORS), format), encoded(Image.fromarray(COLORS), format, exif=exif)
+    picture = Image.fromarray(COLORS)
+    plain, turned = encoded(picture, format), encoded(picture, format, exif=exif)
     (tmp_path / "plain").write_bytes(plain)
     (tmp_path / "turned").write_bytes(turned)
     expected = np.asarray(ImageOps.exif_transpose(Image.open(BytesIO(turned))).convert("RGB"))
@@ -204,7 +208,8 @@ def test_images_and_masks_are_turned_as_pillow_turns_them(format, orientation, t
     ids = Image.fromarray(COLORS[..., 0])
     (tmp_path / "mask").write_bytes(encoded(ids, format, exif=exif))
     gray = Image.open(tmp_path / "mask")   # not decoded yet, and of a file that Pillow would map to memory
-    assert torch.equal(to_rgb(gray)[0], read_mask(tmp_path / "mask")) and np.array_equal(to_rgb(gray)[0], expected[..., 0])
+    assert torch.equal(to_rgb(gray)[0], read_mask(tmp_path / "mask"))
+    assert np.array_equal(to_rgb(gray)[0], expected[..., 0])
 
 
 def test_an_upright_mask_fits_an_image_that_lies_on_its_head(tmp_path):
@@ -244,9 +249,9 @@ def test_images_and_masks_of_every_size(format, size, tmp_path):
 
 
 @pytest.mark.parametrize("format, how", [
-    ("PNG", {}), ("JPEG", {}), ("JPEG", dict(progressive=True)), ("TIFF", {}), ("TIFF", dict(compression="tiff_lzw")),
-    ("BMP", {}), ("GIF", {}), ("WEBP", {}), ("PPM", {}), ("TGA", dict(compression="tga_rle")), ("JPEG2000", {}),
-    ("QOI", {}), ("ICO", {}), ("SGI", {}), ("PCX", {})])
+    ("JPEG", dict(progressive=True)), ("TIFF", dict(compression="tiff_lzw")),
+    ("TGA", dict(compression="tga_rle")),
+    *((format, {}) for format in "PNG JPEG TIFF BMP GIF WEBP PPM JPEG2000 QOI ICO SGI PCX".split())])
 def test_a_file_cut_anywhere_is_whole_or_refused(format, how, tmp_path):
     data, path = encoded(Image.fromarray(COLORS), format, **how), tmp_path / "x"
     path.write_bytes(data)
@@ -257,7 +262,8 @@ def test_a_file_cut_anywhere_is_whole_or_refused(format, how, tmp_path):
         assert found is None or np.array_equal(found, whole)
 
 
-NAMES = "with space.png", "Bäume.png", "Ba\u0308ume 2.png", "two\nlines.png", "quote'\".png", "a.b.c.png", "%s{0}.png", "日本.png"
+NAMES = [f"{stem}.png" for stem in (
+    "with space", "Bäume", "Ba\u0308ume 2", "two\nlines", "quote'\"", "a.b.c", "%s{0}", "日本")]
 
 
 def test_files_of_any_name_are_read_and_paired(tmp_path):
@@ -270,7 +276,7 @@ def test_files_of_any_name_are_read_and_paired(tmp_path):
     assert len(data.describe()["content"]) == 16
     broken = tmp_path / "images" / NAMES[3]
     broken.write_bytes(b"")
-    with pytest.raises(ValueError, match="(?s)two\nlines.png .the file is empty"): ImageFolder(tmp_path / "images")
+    with pytest.raises(ValueError, match="two\nlines.png .the file is empty"): ImageFolder(broken.parent)
 
 
 def test_names_that_are_no_text_are_read(tmp_path):
@@ -281,20 +287,22 @@ def test_names_that_are_no_text_are_read(tmp_path):
 
 
 @pytest.mark.parametrize("data, said", [
-    (b"", "the file is empty"), (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer: run `git lfs pull`"),
+    (b"", "the file is empty"),
+    (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer: run `git lfs pull`"),
     (b"<!DOCTYPE html>", "a web page or SVG"), (b"\x1f\x8bnothing", "its format is none that Pillow reads")])
 def test_what_is_no_picture_is_called_what_it_is(data, said, tmp_path):
     (tmp_path / "x.png").write_bytes(data)
     for read in (read_image, read_mask, as_image, ImageFolder):
-        with pytest.raises(ValueError, match=said): read(tmp_path if read is ImageFolder else tmp_path / "x.png")
+        path = tmp_path if read is ImageFolder else tmp_path / "x.png"
+        with pytest.raises(ValueError, match=said): read(path)
 
 
 def test_a_scan_larger_than_pillow_reads_is_called_that(tmp_path, monkeypatch):
     Image.new("L", (40, 50)).save(tmp_path / "scan.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 900)
-    said = r"2000 pixels. exceeds limit.*Cut it into tiles, or, if you trust it, set `PIL.Image.MAX_IMAGE_PIXELS"
+    said = "2000 pixels. exceeds limit.*Cut it into tiles, or, if you trust it, set `PIL.Image.MAX_IMAGE"
     for read in (read_image, read_mask, as_image):
-        with pytest.raises(ValueError, match=f"scan.png cannot be read as .*{said}"): read(tmp_path / "scan.png")
+        with pytest.raises(ValueError, match=f"scan.png cannot be .*{said}"): read(tmp_path / "scan.png")
     with pytest.raises(ValueError, match=f"no images: scan.png .*{said}"): ImageFolder(tmp_path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     assert ImageFolder(tmp_path)[0][0].shape == (3, 50, 40)
