@@ -28,6 +28,8 @@ class RASAHead(nn.Module, ModelHubMixin):
         projector,        # [D, D]
         offset=None,      # [gh, gw, D], or None
         metadata=None,    # plain values that say where it came from
+        basis=None,       # directions that the projector takes out [D, r], the strongest first, if known
+        scale=None,       # [D], in units of which the basis is orthonormal; None: those of the tokens
     ):
         super().__init__()
         if projector.ndim != 2 or projector.shape[0] != projector.shape[1]:
@@ -37,6 +39,7 @@ class RASAHead(nn.Module, ModelHubMixin):
         self.register_buffer("projector", projector.float())
         self.register_buffer("offset", None if offset is None else offset.float())
         self.metadata = dict(metadata or {})
+        self._learned = dict(basis=basis, scale=scale)   # no part of the map, nor of its fingerprint
 
     @property
     def embed_dim(self): return len(self.projector)
@@ -58,11 +61,36 @@ class RASAHead(nn.Module, ModelHubMixin):
         image = F.interpolate(image, tuple(grid_size), mode="bicubic", align_corners=False)
         return image[0].permute(1, 2, 0)
 
+# %% ../nbs/02a_head.ipynb #k102
+def _without(basis, scale):
+    "The projector [D, D] that takes out the directions of a basis."
+    unit = torch.ones(len(basis)) if scale is None else torch.where(scale > 0, scale, 1.).float()
+    basis = basis.float()
+    return torch.eye(len(basis)) - (unit[:, None] * basis) @ (basis / unit[:, None]).T
+
+@patch(as_prop=True)
+def max_rank(self:RASAHead) -> int:
+    "How many directions can be taken out one by one; 0 where the projector is not that of a basis."
+    basis, scale = self._learned["basis"], self._learned["scale"]
+    if basis is None or not basis.shape[1]: return 0
+    same = torch.allclose(_without(basis, scale), self.projector.cpu(), rtol=1e-3, atol=1e-4)
+    return basis.shape[1] if same else 0
+
+@patch
+def at_rank(self:RASAHead,
+    rank:int,    # directions to take out, from 0 to `max_rank`
+) -> RASAHead:
+    "Returns the head that takes out the first directions only."
+    if not 0 <= rank <= self.max_rank: raise ValueError(f"rank={rank}: expected 0 to {self.max_rank}")
+    basis, scale = self._learned["basis"][:, :rank], self._learned["scale"]
+    head = RASAHead(_without(basis, scale), self.offset, self.metadata, basis, scale)
+    return head.to(self.projector.device)
+
 # %% ../nbs/02a_head.ipynb #c011
 @patch
 def save(self:RASAHead, path):
     "Writes the head to a safetensors file, whole or not at all."
-    write_safetensors(path, self.state_dict(), "rasa_nb.head.1", self.metadata)
+    write_safetensors(path, self.state_dict() | self._learned, "rasa_nb.head.1", self.metadata)
 
 @patch(cls_method=True)
 def load(cls:RASAHead, path):
@@ -70,7 +98,8 @@ def load(cls:RASAHead, path):
     try: tensors, metadata = read_safetensors(path, "rasa_nb.head.1")
     except ValueError as e:
         raise ValueError(f"{e}; a head that others released is read by load_released_head(path)") from e
-    return cls(tensors["projector"], tensors.get("offset"), metadata)
+    rest = {name: tensors.get(name) for name in ("offset", "basis", "scale")}
+    return cls(tensors["projector"], metadata=metadata, **rest)
 
 # %% ../nbs/02a_head.ipynb #h0000002
 @patch

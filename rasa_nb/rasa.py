@@ -170,7 +170,8 @@ class PositionRemover(BaseEstimator):
         "Keeps the map with the method, its parameters and what it was fitted on, and returns self."
         params = {name: _plain(value) for name, value in self.get_params(deep=False).items()}
         metadata = dict(method=type(self).__name__, params=params, fitted_on=source)
-        self.head_ = RASAHead(projector, offset, metadata)
+        learned = dict(basis=getattr(self, "basis_", None), scale=getattr(self, "scale_", None))
+        self.head_ = RASAHead(projector, offset, metadata, **learned)
         return self
 
 def _plain(value):
@@ -219,7 +220,7 @@ def load(cls:PositionRemover, path):
     "Returns the method that `save` wrote: parameters, head and basis."
     tensors, metadata = read_safetensors(path, "rasa_nb.head.1")
     self = cls(**cls.read_params(metadata, path))
-    self.head_ = RASAHead(tensors["projector"], tensors.get("offset"), metadata)
+    self.head_ = RASAHead.load(path)
     if "basis" in tensors: self.basis_ = tensors["basis"]
     return self
 
