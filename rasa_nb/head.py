@@ -62,29 +62,33 @@ class RASAHead(nn.Module, ModelHubMixin):
         return image[0].permute(1, 2, 0)
 
 # %% ../nbs/02a_head.ipynb #k102
-def _without(basis, scale):
-    "The projector [D, D] that takes out the directions of a basis."
-    unit = torch.ones(len(basis)) if scale is None else torch.where(scale > 0, scale, 1.).float()
-    basis = basis.float()
-    return torch.eye(len(basis)) - (unit[:, None] * basis) @ (basis / unit[:, None]).T
+@patch
+def _factors(self:RASAHead):
+    "Matrices [D, r] whose product, the second transposed, is what the basis takes out."
+    basis, scale = (self._learned[name] for name in ("basis", "scale"))
+    basis = basis.to(self.projector)
+    if scale is None: return basis, basis
+    unit = torch.where(scale > 0, scale, 1.).to(self.projector)[:, None]
+    return unit * basis, basis / unit
 
 @patch(as_prop=True)
 def max_rank(self:RASAHead) -> int:
     "How many directions can be taken out one by one; 0 where the projector is not that of a basis."
-    basis, scale = self._learned["basis"], self._learned["scale"]
-    if basis is None or not basis.shape[1]: return 0
-    same = torch.allclose(_without(basis, scale), self.projector.cpu(), rtol=1e-3, atol=1e-4)
-    return basis.shape[1] if same else 0
+    if self._learned["basis"] is None: return 0
+    left, right = self._factors()
+    rest = torch.eye(self.embed_dim, device=left.device) - left @ right.T
+    same = torch.allclose(rest, self.projector, rtol=1e-3, atol=1e-4)
+    return left.shape[1] if same else 0
 
 @patch
-def at_rank(self:RASAHead,
-    rank:int,    # directions to take out, from 0 to `max_rank`
-) -> RASAHead:
-    "Returns the head that takes out the first directions only."
-    if not 0 <= rank <= self.max_rank: raise ValueError(f"rank={rank}: expected 0 to {self.max_rank}")
-    basis, scale = self._learned["basis"][:, :rank], self._learned["scale"]
-    head = RASAHead(_without(basis, scale), self.offset, self.metadata, basis, scale)
-    return head.to(self.projector.device)
+def remove(self:RASAHead,
+    patch_tokens,    # [B, gh, gw, D]
+    rank:int,        # directions, from 0 to `max_rank`, where the tokens are those of the head
+) -> torch.Tensor:
+    "Returns the tokens without the first directions of the basis, the strongest."
+    if self.offset is not None: patch_tokens = patch_tokens - self.offset_at(patch_tokens.shape[1:3])
+    left, right = (factor[:, :rank] for factor in self._factors())
+    return patch_tokens - patch_tokens @ right @ left.T
 
 # %% ../nbs/02a_head.ipynb #c011
 @patch
