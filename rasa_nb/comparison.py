@@ -17,6 +17,7 @@ import torch
 from fastcore.basics import patch
 
 # %% ../nbs/03b_comparison.ipynb #c004
+from .data import as_data
 from .reading import Reading
 from .patch_encoder import PatchEncoder
 from .head import unwrap
@@ -135,6 +136,7 @@ def compare_methods(
     protocol=LEOPART,     # of the clusters; its image size gives way to that of the reading
 ) -> Comparison:
     "Fits, probes and clusters every method on one encoder."
+    learn, score = as_data(learn, masks=False), as_data(score, masks=True)
     reading = Reading.of(reading, size=encoder.image_size)
     encoders = {"none": encoder} | _ready(roster() if removers is None else removers, encoder, learn, reading)
     shown = dict(augmented=reading, upright=reading.replace(augment="none"))

@@ -8,6 +8,7 @@ __all__ = ['Explorer', 'explore', 'ExplorerWidget']
 # %% ../nbs/02m_explorer.ipynb #c003
 import base64, io
 from importlib.resources import files
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -18,6 +19,7 @@ from PIL import Image
 
 # %% ../nbs/02m_explorer.ipynb #c004
 from .patch_encoder import ViTEncoder, WrappedEncoder
+from .store import figure_bytes, write_whole
 from .head import DebiasedEncoder
 from .visualize import SIMILARITY_CMAP, SIMILARITY_SCALE, as_image, cell_at, draw_similarity
 from .visualize import fitting_size, named_encoders, tokens_of, unit_tokens
@@ -122,7 +124,7 @@ def _given_tokens(self:Explorer, image):
         if key in self._tokens: continue
         missing[name] = self.encoders[name].base if self._ranks[name] else self._at_block(name)
     for name, maps in tokens_of([self.images[image]], missing, self.image_size).items():
-        self._tokens[keys[name]] = maps[0]
+        self._tokens[keys[name]] = maps[0].contiguous()
     return {name: self._tokens[key] for name, key in keys.items()}
 
 @patch
@@ -139,7 +141,7 @@ def _unit_tokens(self:Explorer, image):
         chosen = self._block(name), self._rank(name)
         if self._units.get((name, image), [None])[0] == chosen: continue
         units = unit_tokens(self._behind_head(name, z), self.center)
-        self._units[name, image] = chosen, units.contiguous()   # of the last choice only
+        self._units[name, image] = chosen, units   # of the last choice only
     return {name: self._units[name, image][1] for name in self.shown}
 
 # %% ../nbs/02m_explorer.ipynb #c023
@@ -280,7 +282,8 @@ def save(self:Explorer,
     path,     # file to write; its ending says the format, as in matplotlib: png, pdf, svg
 ):
     "Writes `figure()` to a file."
-    self.figure().savefig(path, bbox_inches="tight", dpi=150)
+    kind = Path(path).suffix[1:] or "png"
+    write_whole(path, figure_bytes(self.figure(), kind, bbox_inches="tight", dpi=150))
 
 # %% ../nbs/02m_explorer.ipynb #c066
 @patch

@@ -248,9 +248,9 @@ def test_a_move_of_the_slider_is_fast():
     images, times = list(torch.rand(2, 3, 256, 256)), []
     widget = explore(images, {"raw": encoder, "debiased": after}).select(target="image 2").widget
     for rank in range(30):
-        start = time.perf_counter()
+        start = time.process_time()
         widget.choice = dict(widget.choice, rank=rank)
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     assert widget.answer["rows"][1]["maps"][1]["label"] == "29 of 30 directions removed"
     assert np.median(times) < .1
 
