@@ -54,12 +54,17 @@ def test_images_are_encoded_once_or_anew_in_every_epoch():
     calls, recipe, scenes = [], dict(n_heads=1, epochs=2, batch_size=16), Scenes("train", 32)
     encoder = color_encoder(calls)
     TrainedRASA(**recipe).fit(encoder, scenes, Reading(batch_size=20))
-    assert calls == [20, 12]
+    assert batches_of(calls) == [20, 12]
     calls.clear()
     rasa = TrainedRASA(reaugment=True, **recipe)
     assert (rasa.needs, TrainedRASA().needs) == ("images", "tokens")
     rasa.fit(encoder, scenes)
-    assert calls == [16] * 4
+    assert batches_of(calls) == [16] * 4
+
+
+def batches_of(calls):
+    "Without the single picture that tells encoders apart."
+    return [images for images in calls if images > 1]
 
 
 def test_a_single_row_teaches_the_column_only():
