@@ -285,8 +285,9 @@ def test_what_cannot_be_sent_to_a_new_process_is_read_in_this_one(scenes, monkey
     assert possible_workers(4, Prepared(Reading(16).apply(scenes)), Reading(16, num_workers=4)) == 4
     class Local(Scenes): pass
     assert fewer("0 workers, not 4: the dataset cannot be sent", Local("val", 4)) == 0
-    assert fewer("a script asks for them itself", scenes, Reading(16)) == 0
     import __main__
+    monkeypatch.setattr(__main__, "__file__", "script.py", raising=False)
+    assert fewer("a script asks for them itself", scenes, Reading(16)) == 0
     own = type("Own", (Scenes,), dict(__module__="__main__"))
     monkeypatch.setattr(__main__, "Own", own, raising=False)
     monkeypatch.delattr(__main__, "__file__")
