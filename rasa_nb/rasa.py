@@ -198,14 +198,16 @@ class PositionRemover(BaseEstimator):
         "Returns the projector [D, D] and the offset [gh, gw, D], or None, that take position out."
         raise NotImplementedError(f"{type(self).__name__} has no solve(moments): use fit(encoder, data)")
 
-    def set_head(self, projector, offset, source):
-        "Keeps the map with the method, its parameters and what it was fitted on, and returns self."
-        params = {name: _plain(value) for name, value in self.get_params(deep=False).items()}
-        metadata = dict(method=type(self).__name__, params=params, fitted_on=source)
-        if getattr(self, "left_", None) is not None: metadata["left"] = self.left_
-        learned = dict(basis=getattr(self, "basis_", None), scale=getattr(self, "scale_", None))
-        self.head_ = RASAHead(projector, offset, metadata, **learned)
-        return self
+# %% ../nbs/02b_rasa.ipynb #r0000026
+@patch
+def set_head(self:PositionRemover, projector, offset, source):
+    "Keeps the map with the method, its parameters and what it was fitted on, and returns self."
+    params = {name: _plain(value) for name, value in self.get_params(deep=False).items()}
+    metadata = dict(method=type(self).__name__, params=params, fitted_on=source)
+    if getattr(self, "left_", None) is not None: metadata["left"] = self.left_
+    learned = dict(basis=getattr(self, "basis_", None), scale=getattr(self, "scale_", None))
+    self.head_ = RASAHead(projector, offset, metadata, **learned)
+    return self
 
 def _plain(value):
     "A parameter as it can be written to JSON."
