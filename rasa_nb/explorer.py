@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import traitlets
 from fastcore.basics import patch
+from matplotlib.patheffects import withStroke
 from PIL import Image
 
 # %% ../nbs/02m_explorer.ipynb #c004
@@ -234,9 +235,9 @@ def figure(self:Explorer):
     return draw_similarity(maps, [self.images[self.query]], [self.point], self.center, [self.query])
 
 @patch
-def _title(self:Explorer, name, between=", "):
+def _title(self:Explorer, name):
     label = self._label(name)
-    return f"{name}{between}{label}" if label else name
+    return f"{name}\n{label}" if label else name
 
 # %% ../nbs/02m_explorer.ipynb #s003
 @patch
@@ -249,7 +250,7 @@ def _two_rows(self:Explorer):
     for row, image, mark in zip(axes, names, ("dot", "ring")):
         drawn = self._draw_row(row, image, mark)
         row[0].set_ylabel(image)
-    for ax, name in zip(axes[0, 1:], self.shown): ax.set_title(self._title(name, "\n"), fontsize=9)
+    for ax, name in zip(axes[0, 1:], self.shown): ax.set_title(self._title(name), fontsize=9)
     bar = fig.colorbar(drawn, ax=axes, aspect=24, pad=.02)
     bar.set_label("cosine similarity" + " (mean removed)" * self.center, fontsize=8)
     fig.supxlabel("ring: the place in the second image where the point is in the first", fontsize=8)
@@ -263,9 +264,11 @@ def _draw_row(self:Explorer, axes, image, mark):
     axes[0].imshow(self.images[image].permute(1, 2, 0).numpy(), **extent)
     for ax, values in zip(axes[1:], self.similarity(image).values()):
         drawn = ax.imshow(values.numpy(), **extent, **SIMILARITY_SCALE)
-    look = dict(mfc="white", ms=5) if mark == "dot" else dict(mfc="none", ms=9, mew=1.5)
+    outline = [withStroke(linewidth=3.5, foreground="black")]   # seen on every color
+    ring = dict(mfc="none", mec="white", ms=9, mew=1.5, path_effects=outline)
+    look = dict(mfc="white", mec="black", ms=5) if mark == "dot" else ring
     for ax in axes:
-        ax.plot(self.at[0] * width, self.at[1] * height, "o", mec="black", **look)
+        ax.plot(self.at[0] * width, self.at[1] * height, "o", **look)
         ax.set(xticks=[], yticks=[])
     return drawn
 
