@@ -1,27 +1,27 @@
-"""Where the time of a fit and of a score goes: images/s of each stage, beside what the machine can do at best.
+"""Where the time of a fit and of a score goes: images/s of each stage, beside what a machine can do at best.
 
     python benchmarks/throughput.py --voc data                      # photographs of Pascal VOC
-    python benchmarks/throughput.py                                 # photographs made for this, JPEGs of 500 x 375
+    python benchmarks/throughput.py                                 # JPEGs of 500 x 375, made for this
     python benchmarks/throughput.py --voc data --encoders free      # an encoder that costs nothing
     python benchmarks/throughput.py --quick                         # does it run?
 
-It runs on a GPU where there is one, else on the CPU. The stages of a fit (read, augment, encode, moments) and of
-a score (read, resize, encode, moments, reduce, K-means, assign) are timed one by one in this process, after a
-round that is not timed, and so are a whole fit and a whole score's input, with workers as the library starts
-them and with none. All are measured in turn, several times over, because a busy machine slows all alike; ratios
-are taken within a turn. "free" returns stored random tokens (D=384), so that what is left is the pipeline.
-Writes benchmarks/results/throughput.json and prints Markdown.
+It runs on a GPU where there is one, else on the CPU. The stages of a fit (read, augment, encode, moments) and
+of a score (read, resize, encode, moments, reduce, K-means, assign) are timed one by one in this process, and
+so are whole passes: a fit, a fit by this process alone, the encoder alone. "free" returns stored tokens at no
+cost (random, D=384), so that what is left is the pipeline; beside it stand reading alone (in one process,
+images alone or with their masks) and what a score reads. All are measured in turn, several times over, as a
+busy machine slows all alike; ratios are taken within a turn. Images are repeated where there are too few.
+Writes
+benchmarks/results/throughput.json and prints Markdown.
 """
 import argparse, json, os, platform, statistics, sys, tempfile, time
-from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import torch
 
-from rasa_nb.data import ImageMaskFolder, VOCSegmentation
-from rasa_nb.reading import Evaluation, Prepared, Reading, Transformed, augmentation, batches, usable_cores
-from rasa_nb.reading import _collate
+from rasa_nb.data import ImageMaskFolder, Part, VOCSegmentation
+from rasa_nb.reading import Evaluation, Reading, Transformed, batches, usable_cores
 from rasa_nb.scenes import Scenes
 from rasa_nb.patch_encoder import PatchEncoder
 from rasa_nb.encoders import load_encoder
@@ -31,9 +31,9 @@ from rasa_nb.kmeans import draw_points, kmeans_centers, nearest_centers, new_mom
 from rasa_nb.matching import FRANCA
 
 results = Path(__file__).resolve().parent / "results" / "throughput.json"
-ENCODERS = dict(   # name -> (what `load_encoder` takes, pixels, images as a share of --images)
-    free=(None, 448, 1.), tiny=("tiny", 96, 1.), deit_tiny=("deit_tiny_patch16_224", 224, 1.),
-    dinov3_s=("vits", 448, .25), dinov3_b=("vitb", 448, .1))
+ENCODERS = dict(   # name -> (what `load_encoder` takes, pixels, images on a CPU as a share of --images)
+    free=(None, 448, 1.), tiny=("tiny", 96, .25), deit_tiny=("deit_tiny_patch16_224", 224, .125),
+    dinov3_s=("vits", 448, .0312), dinov3_b=("vitb", 448, .0156))
 
 
 class Free(PatchEncoder):
@@ -129,11 +129,12 @@ def score_stages(encoder, data, reading, k, device):
         if moments is None: moments = new_moments(tokens.shape[1:3], tokens.shape[3], protocol)
         spent["moments"] += seconds(lambda: moments.update(tokens), device)[0]
         kept.append(tokens.cpu())
-    spent["reduce"], maps = seconds(lambda: reduce_tokens(torch.cat(kept), moments, protocol, (), device), device)
+    tokens = torch.cat(kept)
+    spent["reduce"], maps = seconds(lambda: reduce_tokens(tokens, moments, protocol, (), device), device)
     size = protocol.mask_shape
     points = draw_points(maps, k * protocol.points_per_centroid, 0, size if protocol.upsample else None)
     spent["K-means"], centers = seconds(lambda: centers_of(points, k, protocol, device), device)
-    assign = lambda: sum(len(m) for m in nearest_centers(maps, centers, size, protocol.upsample, device))
+    def assign(): return sum(len(m) for m in nearest_centers(maps, centers, size, protocol.upsample, device))
     spent["assign"], _ = seconds(assign, device)
     return spent
 
@@ -143,49 +144,45 @@ def centers_of(points, k, protocol, device):
 
 
 # Whole passes
-def reading_alone(data): return [data[i] for i in range(len(data))]
-
-
-def images_alone(data): return [data.load_image(i) for i in range(len(data))]
-
-
-def whole_fit(encoder, data, reading): return collect_moments(encoder, data, reading)
-
-
-def score_input(encoder, data, reading, device):
-    "What a score reads: upright images and masks, resized, on the device."
-    shown = Transformed(data, Evaluation(reading.size, 100))
-    for images, _ in batches(shown, reading, device=device): last = images
-    return last
-
-
 def measure(name, data, args):
-    "A turn of everything with one encoder: images/s."
+    "Every turn of everything with one encoder: images/s."
     encoder, size = encoder_of(name, args)
-    data = data.first(max(args.batch_size, int(len(data) * ENCODERS[name][2])))
-    reading, n, device = Reading(size, "published", 0, args.batch_size), len(data), args.device
-    encoder(torch.rand(args.batch_size, 3, size, size, device=device))
+    share = ENCODERS[name][2] if args.device.type == "cpu" else 1.
+    n = max(args.least, int(args.images * share))
+    few, data = data.first(min(n, 4 * args.batch_size)), repeated(data, n)
+    reading, device = Reading(size, "published", 0, min(args.batch_size, n)), args.device
+    alone = reading.replace(num_workers=0)
+    wholes = dict(fit=lambda: collect_moments(encoder, data, reading))
+    if name == "free": wholes.update(
+        reading=lambda: [data[i] for i in range(n)],
+        images=lambda: [data.load_image(i) for i in range(n)],
+        fit_alone=lambda: collect_moments(encoder, data, alone),
+        input=lambda: score_input(data, reading, device),
+        input_alone=lambda: score_input(data, alone, device))
+    fit_stages(encoder, few.first(reading.batch_size), reading, device)   # warms kernels and files
     turns = []
-    for turn in range(args.turns + 1):   # the first is not counted
-        wholes = dict(
-            reading=lambda: reading_alone(data), images=lambda: images_alone(data),
-            fit=lambda: whole_fit(encoder, data, reading),
-            fit_alone=lambda: whole_fit(encoder, data, reading.replace(num_workers=0)),
-            input=lambda: score_input(encoder, data, reading, device),
-            input_alone=lambda: score_input(encoder, data, reading.replace(num_workers=0), device))
-        row = dict(whole={what: n / seconds(do, device)[0] for what, do in wholes.items()})
-        row["fit"] = fit_stages(encoder, data, reading.replace(num_workers=0), device)
-        row["score"] = score_stages(encoder, data, reading, args.k, device)
-        row["encoder"] = bare_encoder(encoder, size, args)
-        if turn: turns.append(row)
-        print(f"{name}: turn {turn} of {args.turns}", file=sys.stderr, flush=True)
-    return summary(name, size, n, turns) | dict(turns=turns)
+    for turn in range(args.turns):
+        whole = {what: n / seconds(do, device)[0] for what, do in wholes.items()}
+        whole["encoder"] = bare_encoder(encoder, size, reading.batch_size, device)
+        turns.append(dict(whole=whole, fit=fit_stages(encoder, few, reading, device),
+                          score=score_stages(encoder, few, reading, args.k, device)))
+        print(f"{name}: turn {turn + 1} of {args.turns}", file=sys.stderr, flush=True)
+    return summary(name, size, n, len(few), turns) | dict(turns=turns)
 
 
-def bare_encoder(encoder, size, args):
+def repeated(data, n): return Part(data, [i % len(data) for i in range(n)])
+
+
+def score_input(data, reading, device):
+    "What a score reads: upright images and masks, resized, on the device."
+    for batch in batches(Transformed(data, Evaluation(reading.size, 100)), reading, device=device): pass
+    return batch
+
+
+def bare_encoder(encoder, size, batch_size, device):
     "images/s of the encoder alone, on images that lie on its device."
-    images = torch.rand(args.batch_size, 3, size, size, device=args.device)
-    return len(images) / seconds(lambda: encoder(images), args.device)[0]
+    images = torch.rand(batch_size, 3, size, size, device=device)
+    return batch_size / seconds(lambda: encoder(images), device)[0]
 
 
 def copy_bandwidth(device, megabytes=64):
@@ -201,33 +198,38 @@ def spread(values):
     return dict(median=statistics.median(values), least=min(values), most=max(values))
 
 
-def summary(name, size, images, turns):
+def summary(name, size, images, staged, turns):
     "Medians over turns, and ratios taken within a turn."
-    row = dict(encoder=name, image_size=size, images=images)
+    row = dict(encoder=name, image_size=size, images=images, staged=staged)
     for part in ("fit", "score"):
+        def rate(stage): return statistics.median(staged / max(t[part][stage], 1e-9) for t in turns)
+        rates = {stage: rate(stage) for stage in turns[0][part]}
         shares = [{stage: took / sum(t[part].values()) for stage, took in t[part].items()} for t in turns]
-        row[part] = {stage: dict(images_per_s=images / max(spread(t[part][stage] for t in turns)["median"], 1e-9),
-                                 share=spread(s[stage] for s in shares)["median"]) for stage in turns[0][part]}
+        row[part] = {stage: dict(images_per_s=rates[stage], share=statistics.mean(s[stage] for s in shares))
+                     for stage in rates}
     row["whole"] = {what: spread(t["whole"][what] for t in turns) for what in turns[0]["whole"]}
-    row["bare_encoder"] = spread(t["encoder"] for t in turns)
-    over = {f"{what} over {base}": spread(t["whole"][what] / t["whole"][base] for t in turns)
-            for what in ("fit", "fit_alone", "input", "input_alone") for base in ("reading", "images")}
-    return row | dict(ratios=over)
+    passes = "fit", "fit_alone", "input", "input_alone"
+    pairs = [("fit", "encoder")]
+    if name == "free": pairs = [(what, base) for what in passes for base in ("reading", "images")]
+    def ratio(what, base): return spread(t["whole"][what] / t["whole"][base] for t in turns)
+    return row | dict(ratios={f"{what} over {base}": ratio(what, base) for what, base in pairs})
 
 
 def said(v): return f"{v['median']:.2f} ({v['least']:.2f} to {v['most']:.2f})"
 
 
 def markdown(record):
-    lines = [f"{record['device']}, {record['cores']} cores, {record['threads']} threads, torch {record['torch']}; "
-             f"copies {record['copy_gb_per_s']:.1f} GB/s; {record['data']}"]
+    machine = f"{record['device']}, {record['cores']} cores, {record['threads']} threads"
+    copies = f"copies {record['copy_gb_per_s']:.1f} GB/s"
+    lines = [f"{machine}, torch {record['torch']}; {copies}; {record['data']}"]
     for run in record["runs"]:
-        lines.append(f"**{run['encoder']}**, {run['images']} images of {run['image_size']} px, images/s (share)")
+        what = f"{run['images']} images of {run['image_size']} px, stages of {run['staged']}"
+        lines.append(f"**{run['encoder']}**, {what}: images/s (share)")
         for part in ("fit", "score"):
             row = {stage: f"{v['images_per_s']:.0f} ({v['share']:.0%})" for stage, v in run[part].items()}
             lines.append(pd.DataFrame(row, [part]).to_markdown())
-        whole = {what: said(v) for what, v in run["whole"].items()} | dict(bare_encoder=said(run["bare_encoder"]))
-        lines += [pd.DataFrame(whole, ["images/s"]).to_markdown(),
+        whole = {what: said(v) for what, v in run["whole"].items()}
+        lines += [pd.DataFrame(whole, ["images/s"]).T.to_markdown(),
                   pd.DataFrame({k: said(v) for k, v in run["ratios"].items()}, ["ratio"]).T.to_markdown()]
     return "\n\n".join(lines)
 
@@ -237,7 +239,8 @@ def options():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("--voc", help="folder that holds VOCdevkit; none: photographs are made")
     parser.add_argument("--encoders", nargs="+", choices=list(ENCODERS), default=list(ENCODERS))
-    parser.add_argument("--images", type=int, default=192)
+    parser.add_argument("--images", type=int, default=768,
+                        help="of a whole pass; on a CPU fewer for slow encoders")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--k", type=int, default=100, help="clusters of the one K-means run that is timed")
@@ -248,19 +251,23 @@ def options():
 
 
 def main(args):
-    if args.quick: args.encoders, args.images, args.batch_size, args.turns, args.k = ["free", "tiny"], 12, 6, 1, 5
+    args.least = 8   # images, whatever the encoder
+    if args.quick:
+        args.encoders, args.images, args.batch_size, args.turns, args.k = ["free", "tiny"], 12, 6, 1, 5
     args.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     on_gpu = args.device.type == "cuda"
     device = torch.cuda.get_device_name(args.device) if on_gpu else platform.processor() or platform.machine()
     with tempfile.TemporaryDirectory() as folder:
         if args.voc: data = VOCSegmentation(args.voc, "val")
-        else: data = made_photographs(Path(folder), args.images)
-        data = data.first(args.images)
+        else: data = made_photographs(Path(folder), min(args.images, 200))
         record = dict(
-            command=" ".join(["python benchmarks/throughput.py", *sys.argv[1:]]), device=f"{args.device.type} {device}",
+            command=" ".join(["python benchmarks/throughput.py", *sys.argv[1:]]),
+            device=f"{args.device.type} {device}",
+            data=f"{min(len(data), args.images)} images of {data.name}",
             cores=usable_cores(), threads=torch.get_num_threads(), python=platform.python_version(),
-            torch=torch.__version__, load=os.getloadavg()[0], data=f"{len(data)} images of {data.name}",
-            copy_gb_per_s=copy_bandwidth(args.device), runs=[measure(name, data, args) for name in args.encoders])
+            torch=torch.__version__, load=os.getloadavg()[0],
+            copy_gb_per_s=copy_bandwidth(args.device),
+            runs=[measure(name, data, args) for name in args.encoders])
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with atomic(args.out) as part: part.write_text(json.dumps(record, indent=1) + "\n")
     print(markdown(record))

@@ -663,12 +663,14 @@ def _above_zero(*bounds):
 
 @patch
 def _lost(self:OverclusterResult, row):
-    said = [f"{row.encoder}, K={row.k}: the gain does not carry over to other images.",
+    told = row.mean > row.held_out_images_high
+    verdict = "the gain does not carry over" if told else "it cannot be told whether the gain carries over"
+    said = [f"{row.encoder}, K={row.k}: {verdict} to other images.",
             f"Named on the images that are scored, clusters gain {change_text(row)};",
             f"named on other images, {change_text(row, 'held_out_')}."]
     nmi = self.frame[self.frame.k == row.k].groupby("encoder").nmi_image.mean()
     before, after = nmi[self.encoders[0]], nmi[row.encoder]
-    if round(after, 2) > round(before, 2):
+    if told and round(after, 2) > round(before, 2):
         said.append(f"Clusters follow single images more than before: NMI {before:.2f} -> {after:.2f}.")
     return " ".join(said)
 
@@ -677,7 +679,7 @@ def _gap(self:OverclusterResult, k):
     table = self.table[k]
     gap = (table["mean"] - table["held_out"]).round(1)
     if not gap.max() > 1: return ""
-    points = f"{gap.max():.1f}" if len(gap) == 1 else f"{gap.min():.1f} to {gap.max():.1f}"
+    points = " to ".join(dict.fromkeys(f"{some:.1f}" for some in (gap.min(), gap.max())))
     return f"K={k}: {points} points are gone when clusters are named on other images than they are scored on."
 
 # %% ../nbs/02h_segmentation.ipynb #22af2072

@@ -115,7 +115,8 @@ def test_one_pass_fits_all_as_each_alone(tiny, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(type(tiny), "forward", counted)
         together = fit_together(methods, tiny, Scenes(n=30), 48)
-    assert sum(calls) == 30 + 1 and list(together) == list(methods)    # one pass, and one blank image
+    assert sum(n for n in calls if n > 1) == 30    # one pass; a blank image and a probe come alone
+    assert list(together) == list(methods)
     for name, method in methods.items():
         alone = type(method)(**method.get_params()).fit(tiny, Scenes(n=30), 48)
         assert torch.allclose(together[name].head.projector, alone.projector_, atol=1e-5), name

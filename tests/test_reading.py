@@ -1,4 +1,4 @@
-"""How images are read: sizes, augmentation beside torchvision's, the same numbers for any batch and worker."""
+"""How images are read: sizes, augmentation beside torchvision's, the same numbers for any batch or worker."""
 import json
 import multiprocessing
 import os
@@ -15,8 +15,9 @@ from tqdm import tqdm
 from rasa_nb import reading as reading_module
 from rasa_nb.augment import blur_, blur_weights, color_map
 from rasa_nb.data import ImageFolder, ImageMaskFolder, SegmentationData, VOCSegmentation
-from rasa_nb.reading import (Evaluation, Prepared, Reading, Transformed, augmentation, batches, possible_workers,
-                             usable_cores, worth_workers)
+from rasa_nb.reading import (
+    Evaluation, Prepared, Reading, Transformed, augmentation, batches, possible_workers, usable_cores,
+    worth_workers)
 from rasa_nb.scenes import Scenes
 
 from torchvision.transforms import v2   # after rasa_nb, which makes it importable
@@ -99,7 +100,8 @@ def test_a_batch_of_several_sizes_is_refused(image_folders):
 def torchvisions(size, *, turns_only=False):
     "The published augmentation with every operation torchvision's, as it was in version 0.1."
     def turn(image): return torch.rot90(image, int(torch.randint(4, ())), (-2, -1))
-    place = [v2.RandomResizedCrop(size, scale=(.25, 1), antialias=True), v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()]
+    place = [v2.RandomResizedCrop(size, scale=(.25, 1), antialias=True), v2.RandomHorizontalFlip(),
+             v2.RandomVerticalFlip()]
     colors = [v2.RandomApply([v2.ColorJitter(.4, .4, .2, .1)], p=.8), v2.RandomGrayscale(p=.2),
               v2.RandomApply([v2.GaussianBlur(9, sigma=(.1, 2.))], p=.5)]
     if turns_only: place, colors = [*place[1:], v2.Resize(size, antialias=True)], []
@@ -132,8 +134,8 @@ def test_turns_are_torchvisions_to_a_grey_level(voc_root):
 f = v2.functional
 @pytest.mark.parametrize("what, theirs, amounts, most", [
     ("brightness", f.adjust_brightness, (.6, 1.4), .001), ("contrast", f.adjust_contrast, (.6, 1.4), .001),
-    ("saturation", f.adjust_saturation, (.8, 1.2), .001), ("grey", lambda x, _: f.rgb_to_grayscale(x, 3), (None,), .001),
-    ("hue", f.adjust_hue, (-.1, .1), .025)])
+    ("saturation", f.adjust_saturation, (.8, 1.2), .001), ("hue", f.adjust_hue, (-.1, .1), .025),
+    ("grey", lambda x, _: f.rgb_to_grayscale(x, 3), (None,), .001)])
 def test_each_operation_is_torchvisions(voc_root, what, theirs, amounts, most):
     data = VOCSegmentation(voc_root, "val")
     images = [data.load_image(i).as_subclass(torch.Tensor)[:, ::4, ::4] / 255 for i in range(20)]
@@ -207,9 +209,10 @@ def photos(tmp_path, scenes):
 def test_who_learns_reads_no_masks_and_no_more_of_a_jpeg_than_it_needs(photos):
     assert photos.first(1).load_image(0, (200, 100)).shape == (3, 240, 320)   # half, no side below 200
     assert photos.images_only()[0][0].shape == photos.load_image(0).shape == (3, 480, 640)
-    assert augmentation((48, 32)).at_least == (96, 64)                        # of a crop of a quarter, the size is left
+    assert augmentation((48, 32)).at_least == (96, 64)    # of a crop of a quarter, the size is left
     shown = Reading(160, "turns").apply(photos.first(2).images_only())
-    half, whole = shown.prepared(0)[0], Transformed(ImageFolder(photos.root), shown.transform).prepared(0)[0]
+    half = shown.prepared(0)[0]
+    whole = Transformed(ImageFolder(photos.root), shown.transform).prepared(0)[0]
     assert 0 < (half.float() - whole.float()).abs().mean() < 3
     images, masks = next(batches(shown))
     assert masks is None and images.shape == (2, 3, 160, 160)
@@ -234,7 +237,8 @@ def test_floats_and_bytes_are_one_image(scenes):
             return image / 255 if self.kinds[i % len(self.kinds)] else image, mask
     class Both(Floats): kinds = True, False
     for augment in ("none", "published", "turns"):
-        read = [next(batches(Reading(96, augment).apply(kind("val", 4))))[0] for kind in (Scenes, Floats, Both)]
+        shown = [Reading(96, augment).apply(kind("val", 4)) for kind in (Scenes, Floats, Both)]
+        read = [next(batches(data))[0] for data in shown]
         assert (read[0] - read[1]).abs().max() < 3 / 255 and (read[0] - read[2]).abs().max() < 3 / 255
 
 
@@ -260,12 +264,14 @@ def test_only_cores_that_may_be_used_are_counted(monkeypatch):
 def test_automatic_workers_read_what_is_left(scenes, monkeypatch):
     monkeypatch.setattr(reading_module, "worth_workers", lambda *_: 2)
     data = Reading(16, "published").apply(scenes.first(11))
-    read = [torch.cat([images for images, _ in batches(data, Reading(batch_size=3, num_workers=n))]) for n in (None, 0)]
-    assert read[0].equal(read[1])
+    def read(n):
+        return torch.cat([images for images, _ in batches(data, Reading(batch_size=3, num_workers=n))])
+    assert read(None).equal(read(0))
 
 
 def fewer(message, data, reading=Reading(16, num_workers=4)):
-    with pytest.warns(UserWarning, match=message): return possible_workers(4, Prepared(reading.apply(data)), reading)
+    prepared = Prepared(reading.apply(data))
+    with pytest.warns(UserWarning, match=message): return possible_workers(4, prepared, reading)
 
 
 def test_a_small_shared_memory_takes_fewer_workers_or_none(scenes, monkeypatch):
@@ -279,8 +285,9 @@ def test_what_cannot_be_sent_to_a_new_process_is_read_in_this_one(scenes, monkey
     assert possible_workers(4, Prepared(Reading(16).apply(scenes)), Reading(16, num_workers=4)) == 4
     class Local(Scenes): pass
     assert fewer("0 workers, not 4: the dataset cannot be sent", Local("val", 4)) == 0
-    assert fewer("a script asks for them itself", scenes, Reading(16)) == 0
     import __main__
+    monkeypatch.setattr(__main__, "__file__", "script.py", raising=False)
+    assert fewer("a script asks for them itself", scenes, Reading(16)) == 0
     own = type("Own", (Scenes,), dict(__module__="__main__"))
     monkeypatch.setattr(__main__, "Own", own, raising=False)
     monkeypatch.delattr(__main__, "__file__")

@@ -329,12 +329,23 @@ def test_clusters_of_single_images_win_the_published_column_only_and_the_result_
     assert result.to_dict()["notes"] == result.notes
 
 
+def test_where_images_are_too_few_to_tell_the_result_says_no_more():
+    change = dict(encoder="b", k=4, mean=4.8, low=.1, high=9.4, images_low=.8, images_high=8.8, held_out=4.7,
+                  held_out_low=-9, held_out_high=20, held_out_images_low=-.3, held_out_images_high=9.8, seeds=2)
+    tokens, masks = planted()
+    result = overcluster_tokens({name: tokens["of_class"] for name in "ab"}, masks, "abc", 4, quick, 0)
+    result.kept["change"] = segmentation.pd.DataFrame([change])
+    assert "b, K=4: it cannot be told whether the gain carries over to other images." in result.notes[0]
+    result.kept["change"].held_out_images_high = 4.7
+    assert "b, K=4: the gain does not carry over to other images." in result.notes[0]
+
+
 def test_clusters_of_classes_win_both_columns_and_nothing_is_said():
     tokens, masks = planted()
     encoders = {name: tokens[name] for name in ("nothing", "of_class")}
     result = overcluster_tokens(encoders, masks, "abc", (3, 12), quick.replace(n_init=5), 0)
     assert (result.frame.query("encoder == 'of_class'")[["miou", "held_out"]] == 100).all().all()
-    assert result.change.held_out_images_low.min() > 40 and "of_class" not in " ".join(result.notes)
+    assert result.change.held_out_images_low.min() > 40 and "carr" not in " ".join(result.notes)
 
 
 def test_images_of_a_group_do_not_name_each_other():

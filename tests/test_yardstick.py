@@ -121,15 +121,15 @@ def test_controls_score_what_they_should():
 
 
 def population(rng, n, purity):
-    "Counts of images whose pixels fall into the cluster of their class with a purity that varies by image."
-    table = np.zeros((n, 6, 3), int)
-    for image in table:
-        shares = rng.dirichlet([.5] * 3)
-        right = np.clip(purity + .15 * rng.normal(), .4, 1)
-        for c, pixels in enumerate(rng.multinomial(100, shares)):
-            place = np.full(6, (1 - right) / 4)
-            place[[c, c + 3]] = right / 2
-            image[:, c] = rng.multinomial(pixels, place)
+    "Counts of images of eight kinds, each with clusters of its own; few images name a cluster, some wrongly."
+    table = np.zeros((n, 24, 3), int)
+    for image, kind in zip(table, rng.integers(8, size=n)):
+        clusters = 3 * kind + np.arange(3)
+        right = np.clip(purity + .2 * rng.normal(), .2, 1)
+        for c, pixels in enumerate(rng.multinomial(100, rng.dirichlet([.5] * 3))):
+            place = np.full(3, (1 - right) / 2)
+            place[c] = right
+            image[clusters, c] = rng.multinomial(pixels, place)
     return table
 
 
@@ -149,6 +149,7 @@ def test_the_interval_over_images_covers_the_mean_over_fresh_sets_of_images():
         after, before = (scores(table, folds, **options) for table in tables)
         return np.subtract(after, before)
     truth = np.mean([difference(*fresh()) for _ in range(300)], axis=0)
+    assert truth[1] - truth[0] > .01   # naming matters
     covered = np.zeros(2, int)
     for trial in range(100):
         tables = fresh()
