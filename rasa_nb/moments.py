@@ -129,6 +129,7 @@ def check_finite(
     indices,         # [B], which images these are
 ):
     "Raises if tokens are not finite, naming the first image that they are of."
+    if patch_tokens.sum().isfinite(): return   # so are all that were added up
     finite = patch_tokens.isfinite().flatten(1).all(1).cpu()
     if not finite.all(): raise ValueError(f"tokens of image {int(indices[~finite][0])} are not finite")
 
@@ -168,7 +169,7 @@ def _add(self:Moments, patch_tokens, groups):
     with full_precision(device):
         for some, group in zip(patch_tokens.split(at_a_time), groups.split(at_a_time)):
             z = self.compress(some.to(dtype) - shift)
-            for g, image in zip(group, z.to(self.cell_sums.device)): self.cell_sums[g] += image
+            for g, image in zip(group, z.to(self.cell_sums.device)): self.cell_sums[g].add_(image)
             flat = z.flatten(0, 2)
             self.second += (flat.T @ flat).to(self.second.device)
 

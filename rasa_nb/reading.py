@@ -164,11 +164,14 @@ def worth_workers(
     reading:float,     # seconds that reading a batch took, in this process
     using:float,       # seconds that what came of it took: encoding, sums
     n_batches:int,     # how many batches are left
+    on_gpu:bool,       # whether that is done by a GPU
 ) -> int:
     "Returns how many workers pay off; 0 where they cost more than they bring."
     cores = usable_cores()
-    slow, matters = reading * n_batches > 2, reading > .2 * (reading + using)
-    return cores if slow and matters and cores > 1 else 0
+    share = reading / (reading + using)
+    idle = on_gpu or share > .7   # are torch's own threads on the CPU?
+    free = cores if idle and cores > 1 else max(0, cores - torch.get_num_threads())
+    return free if reading * n_batches > 2 and share > .2 else 0
 
 # %% ../nbs/00d_reading.ipynb #q0000006
 def _read_ahead(prepared, reading, on_gpu):
@@ -182,7 +185,7 @@ def _read_ahead(prepared, reading, on_gpu):
         yield batch
         seconds = read - start, time.perf_counter() - read
     if len(parts) <= here: return
-    if workers is None: workers = worth_workers(*seconds, len(parts) - here)
+    if workers is None: workers = worth_workers(*seconds, len(parts) - here, on_gpu)
     if workers: workers = possible_workers(workers, prepared, reading)
     rest = Subset(prepared, range(here * reading.batch_size, len(prepared)))
     how = dict(num_workers=workers, collate_fn=_collate, pin_memory=on_gpu)

@@ -246,10 +246,18 @@ def test_floats_and_bytes_are_one_image(scenes):
 
 def test_workers_start_where_reading_takes_most_of_a_long_time(monkeypatch):
     monkeypatch.setattr(reading_module, "usable_cores", lambda: 6)
-    assert worth_workers(.1, .1, 100) == 6
-    assert worth_workers(.1, .1, 10) == worth_workers(.1, 2., 100) == 0
+    assert worth_workers(.1, .1, 100, True) == 6
+    assert worth_workers(.1, .1, 10, True) == worth_workers(.1, 2., 100, True) == 0
     monkeypatch.setattr(reading_module, "usable_cores", lambda: 1)
-    assert worth_workers(.1, .1, 100) == 0
+    assert worth_workers(.1, .1, 100, True) == 0
+
+
+@pytest.mark.parametrize("threads, workers", [(1, 5), (4, 2), (6, 0), (8, 0)])
+def test_on_a_cpu_workers_get_the_cores_that_torch_leaves(monkeypatch, threads, workers):
+    monkeypatch.setattr(reading_module, "usable_cores", lambda: 6)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert worth_workers(.1, .1, 100, False) == workers
+    assert worth_workers(.1, .01, 100, False) == 6    # where nothing else is to be done
 
 
 def test_only_cores_that_may_be_used_are_counted(monkeypatch):
