@@ -71,8 +71,9 @@ def fitted(name, case, args):
     "Name -> debiased encoder; fitted once, its heads are kept beside the K-means runs."
     folder = args.folder / name.replace(" ", "_")
     files = {method: folder / re.sub("[^a-zA-Z0-9]+", "_", method) for method in removers()}
-    if not all(file.exists() for file in files.values()):
-        encoders = fit_together(removers(), case.encoder, case.learn, args.reading.replace(size=case.size))
+    missing = {method: remover for method, remover in removers().items() if not files[method].exists()}
+    if missing:
+        encoders = fit_together(missing, case.encoder, case.learn, args.reading.replace(size=case.size))
         folder.mkdir(parents=True, exist_ok=True)
         for method, encoder in encoders.items(): encoder.head.save(files[method])
     heads = {method: RASAHead.load(file) for method, file in files.items()}
