@@ -137,14 +137,19 @@ def draw_points(
     number:int,   # of points; all there are, if that is fewer
     seed:int,     # of the draw
     size=None,    # (height, width) to upsample to; None: native tokens
+    images=None,  # (first, total) where the maps are those from `first` on of so many; None: they are all
 ) -> torch.Tensor:
-    "Returns points [number, d] drawn without replacement from the (upsampled) maps, in order."
-    shape = (len(maps), *(size or maps.shape[1:3]))
+    """Returns points [number, d] drawn without replacement from the (upsampled) maps, in order.
+    The draw is over all images; where the maps are some of them, theirs are fewer points than `number`."""
+    first, total = images or (0, len(maps))
+    shape = (total, *(size or maps.shape[1:3]))
     there = math.prod(shape)
     rng = np.random.default_rng(seed)
     chosen = rng.choice(there, min(number, there), replace=False, shuffle=False)
     image, row, column = np.unravel_index(np.sort(chosen), shape)
-    points = torch.zeros(len(chosen), maps.shape[-1])
+    here = (image >= first) & (image < first + len(maps))
+    image, row, column = image[here] - first, row[here], column[here]
+    points = torch.zeros(len(image), maps.shape[-1])
     for rows, row_weight in cells_around(shape[1], maps.shape[1]):
         for columns, column_weight in cells_around(shape[2], maps.shape[2]):
             weight = row_weight[row] * column_weight[column]

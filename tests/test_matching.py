@@ -98,6 +98,11 @@ def test_the_paired_interval_is_that_of_a_paired_t_test():
     assert paired_interval(b - a, level=.9) == pytest.approx(((b - a).mean(), low, high))
 
 
+def test_a_protocol_of_the_first_version_loads():
+    old = {name: value for name, value in vars(LEOPART).items() if name not in ("folds", "fold_seed", "draws")}
+    assert type(LEOPART)(**old) == LEOPART
+
+
 def test_a_protocol_takes_its_own_clusters_and_seeds_where_none_are_given():
     own = FRANCA.replace(k=300, seeds=np.arange(2))
     assert (own.fill(21).k, own.fill(21).seeds) == ((300,), (0, 1))
@@ -105,8 +110,9 @@ def test_a_protocol_takes_its_own_clusters_and_seeds_where_none_are_given():
 
 
 @pytest.mark.parametrize("knobs, error", [
-    (dict(library="cuml"), "library='cuml': expected 'sklearn' or 'faiss'"),
+    (dict(library="cuml"), "library='cuml': expected 'auto' or 'sklearn' or 'torch' or 'faiss'"),
     (dict(n_init=0), "n_init=0: expected at least 1"),
+    (dict(folds=1), "folds=1: expected at least 2"),
     (dict(image_size=(224, 0)), r"image_size=\(224, 0\): expected pixels"),
     (dict(image_size=224.), "image_size=224.0: expected pixels"),
     (dict(n_clusters=3), "n_clusters"),

@@ -1,4 +1,5 @@
 """Overclustering against a plain implementation that shares no code with it, and the promises of its call."""
+import html
 import importlib.util
 import math
 import re
@@ -218,39 +219,49 @@ def test_tokens_are_stored_smaller_where_memory_is_short(monkeypatch):
 def test_an_interrupted_call_goes_on_where_it_stopped(tmp_path, monkeypatch):
     encoder, data, made = counting_encoder(), Scenes("val", 10), []
     def call(): return overcluster(encoder, data, 12, quick, range(4), folder=tmp_path)
-    real = segmentation.cluster_run
+    real = segmentation.kmeans_centers
     def third_time_interrupted(*args):
         if len(made) == 2: raise KeyboardInterrupt
         made.append(args)
         return real(*args)
-    monkeypatch.setattr(segmentation, "cluster_run", third_time_interrupted)
+    monkeypatch.setattr(segmentation, "kmeans_centers", third_time_interrupted)
     with pytest.raises(KeyboardInterrupt): call()
     assert len(list(tmp_path.iterdir())) == 2
-    monkeypatch.setattr(segmentation, "cluster_run", lambda *args: made.append(args) or real(*args))
+    monkeypatch.setattr(segmentation, "kmeans_centers", lambda *args: made.append(args) or real(*args))
     resumed = call()
     assert len(made) == 4 and resumed.frame.seed.tolist() == [0, 1, 2, 3]
     encodings = len(encoder.model._calls)
-    monkeypatch.setattr(segmentation, "cluster_run", None)     # all there: nothing is computed or encoded
-    assert (call().frame.miou == resumed.frame.miou).all() and len(encoder.model._calls) == encodings
+    monkeypatch.setattr(segmentation, "cluster_runs", None)     # all there: nothing is computed or encoded
+    again = call()
+    assert again.frame.equals(resumed.frame) and again.controls.equals(resumed.controls)
+    assert len(encoder.model._calls) == encodings
 
 
 def test_other_weights_data_or_protocols_are_not_taken_for_finished(tmp_path):
     encoder = counting_encoder()
     def files(n=10, protocol=quick):
         overcluster(encoder, Scenes("val", n), 12, protocol, 0, folder=tmp_path)
-        return len(list(tmp_path.glob("*.npz")))
+        return len(list(tmp_path.glob("*.npz"))) - len(list(tmp_path.glob("cells*.npz")))
     assert files() == 1
     with torch.no_grad(): encoder.model.weight += 1
     assert files() == 2 and files(11) == 3 and files(protocol=quick.replace(max_iter=3)) == 4
-    assert files(protocol=quick.replace(matching="many_to_one_iou")) == 4   # only how counts are read
+    for read_later in dict(matching="many_to_one_iou"), dict(folds=3), dict(draws=9):
+        assert files(protocol=quick.replace(**read_later)) == 4   # only how counts are read
 
 
 def test_a_damaged_file_is_named(tmp_path):
     def call(): return overcluster(counting_encoder(), Scenes("val", 10), 12, quick, 0, folder=tmp_path)
     call()
-    file, = tmp_path.glob("*.npz")
+    file, = set(tmp_path.glob("*.npz")) - set(tmp_path.glob("cells*.npz"))
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ValueError, match=f"{file.name} is no saved run: delete it"): call()
+
+
+def test_a_run_of_the_first_version_is_refused_by_name(tmp_path):
+    path = tmp_path / "old.npz"
+    np.savez_compressed(path, confusion=np.eye(3, dtype=int), labels=np.zeros((0, 1, 1), np.uint16))
+    with pytest.raises(ValueError, match="old.npz is no saved run: delete it .*written by version 0.1"):
+        segmentation.read_run(path, "a", 3, 0)
 
 
 # Results
@@ -260,16 +271,21 @@ def test_change_is_paired_by_seed_and_tables_have_mean_and_std(scene_tokens):
     a, b = (result.frame.query("encoder == @e").miou.to_numpy() for e in "ab")
     mean, low, high = segmentation.paired_interval(b - a)
     assert tuple(result.change.loc[0, ["mean", "low", "high"]]) == pytest.approx((mean, low, high))
-    assert tuple(result.table.loc["a", 12]) == pytest.approx((a.mean(), a.std()))
-    assert result.summary.loc["a", "K=12, hungarian"] == f"{a.mean():.1f} ± {a.std():.1f}"
-    assert result.summary.loc["b", "K=12, change [95 %]"] == f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+    assert tuple(result.table.loc["a", 12][["mean", "std"]]) == pytest.approx((a.mean(), a.std()))
+    c = result.change.iloc[0]
+    first, second = result.summary.iloc[0], result.summary.iloc[1]
+    assert first["mIoU"] == f"{a.mean():.1f} ± {a.std():.1f}" and first["change"] == ""
+    over_images = f"[{c.images_low:+.1f}, {c.images_high:+.1f}]"
+    assert second["change"] == f"{mean:+.1f} [{low:+.1f}, {high:+.1f}] {over_images}"
+    held_out = result.frame.set_index("encoder").held_out
+    assert c.held_out == pytest.approx((held_out["b"].mean() - held_out["a"].mean()))
 
 
 def test_one_seed_has_no_interval_and_absent_classes_are_named(scene_tokens):
     tokens, masks, classes = scene_tokens
     classes = [*classes, "never seen"]
     result = overcluster_tokens({"a": tokens, "b": tokens}, masks, classes, 13, FRANCA.replace(n_init=1), 0)
-    assert math.isnan(result.change.low[0]) and result.summary.iloc[1, -1] == "+0.0"
+    assert math.isnan(result.change.low[0]) and result.summary.iloc[1]["change"] == "+0.0 [+0.0, +0.0]"
     assert result.absent == ("never seen",) and "left out: never seen" in result.caption
     assert "never seen" not in result.per_class.columns and result.to_dict()["scores"][0]["iou"][-1] is None
 
@@ -282,6 +298,72 @@ def test_background_is_the_share_of_clusters():
     z[:, 5:, :, 1] += 1
     result = overcluster_tokens({"z": z}, masks, ["background", "thing"], k=3, seeds=0)
     assert result.frame.background[0] == pytest.approx(2 / 3) and result.frame.miou[0] == 100
+
+
+# Names from other images
+def planted(n=42):
+    """Tokens that tell nothing, the image, or the class; and masks.
+    An image shows one of three classes and a strip of the next, turned, so that cells tell nothing."""
+    rng = np.random.default_rng(0)
+    masks = (torch.arange(n) % 3).view(-1, 1, 1).repeat(1, 8, 8)
+    masks[:, :2] = (masks[:, :2] + 1) % 3
+    masks = torch.stack([torch.rot90(mask, int(turn)) for mask, turn in zip(masks, rng.integers(4, size=n))])
+    noise = .01 * torch.from_numpy(rng.normal(size=(n, 8, 8, n))).float()
+    image = torch.eye(n)[:, None, None].expand(n, 8, 8, n)
+    return dict(nothing=noise, image=noise + image, of_class=noise + F.one_hot(masks, n)), masks
+
+
+def test_clusters_of_single_images_win_the_published_column_only_and_the_result_says_so():
+    tokens, masks = planted()
+    result = overcluster_tokens({name: tokens[name] for name in ("nothing", "image")}, masks, "abc", 170,
+                                quick, range(2))
+    found, controls = result.table.loc["image", 170], result.controls.set_index("control")
+    single, constant = controls.loc["a cluster per image"], controls.loc["one cluster"]
+    assert found["mean"] == pytest.approx(single.miou, abs=5) and found["mean"] > 55
+    assert found["held_out"] == pytest.approx(constant.held_out, abs=4) and constant.held_out < 20
+    said = " ".join(result.notes)
+    assert "image, K=170: the gain does not carry over to other images" in said
+    assert re.search(r"follow single images more than before: NMI 0\.\d\d -> 0\.[89]\d", said)
+    for shown in (repr(result), result.to_markdown(), html.unescape(result._repr_html_())):
+        assert all(note in shown for note in result.notes)
+    assert result.to_dict()["notes"] == result.notes
+
+
+def test_clusters_of_classes_win_both_columns_and_nothing_is_said():
+    tokens, masks = planted()
+    encoders = {name: tokens[name] for name in ("nothing", "of_class")}
+    result = overcluster_tokens(encoders, masks, "abc", (3, 12), quick.replace(n_init=5), 0)
+    assert (result.frame.query("encoder == 'of_class'")[["miou", "held_out"]] == 100).all().all()
+    assert result.change.held_out_images_low.min() > 40 and "of_class" not in " ".join(result.notes)
+
+
+def test_images_of_a_group_do_not_name_each_other():
+    tokens, masks = planted()
+    z, masks = (torch.cat([a, a]) for a in (tokens["image"], masks))   # every image has a copy
+    def scored(groups): return overcluster_tokens({"z": z}, masks, "abc", 170, quick, 0, groups=groups)
+    together = scored([*range(42)] * 2)
+    assert scored(None).frame.held_out[0] > together.frame.held_out[0] + 20
+    assert "of 42 groups of images" in together.caption
+    one = scored(["same"] * 84)
+    assert math.isnan(one.frame.held_out[0]) and one.frame.miou[0] > 55
+    assert "one group of images" in one.notes[0] and one.summary["held out"][0] == "nan ± nan"
+
+
+def test_groups_of_the_data_are_taken():
+    data = Made(random_masks(8))
+    data.groups = list("aabbccdd")
+    result = overcluster(counting_encoder(), data, 3, quick.replace(image_size=16, mask_size=16), 0)
+    assert result.image_groups.tolist() == [0, 0, 1, 1, 2, 2, 3, 3] and result.folds.max() == 3
+
+
+def test_both_columns_are_given_over_classes_that_five_images_show():
+    tokens, masks = planted()
+    masks[0, :4] = 3   # a class that a single image shows
+    result = overcluster_tokens({"z": tokens["of_class"]}, masks, "abcd", 20, quick, 0)
+    run, row = result.runs[0], result.frame.iloc[0]
+    assert result.held_out(run)[3] == 0 and row.held_out_common == result.held_out(run)[:3].mean() > 85
+    assert row.held_out == pytest.approx(row.held_out_common * 3 / 4)
+    assert "Common: without d" in result.caption and "mIoU, common" in result.summary
 
 
 # Refusals
