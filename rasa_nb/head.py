@@ -207,12 +207,5 @@ def moments_after(
     grid_size,    # (gh, gw) of the tokens
 ):
     "Returns the moments of the tokens behind the head."
-    after, p = copy.copy(moments), head.projector.cpu().double()
-    nothing = torch.zeros(1, *grid_size, moments.embed_dim, device=head.projector.device)
-    shift = moments.compress(head(nothing).cpu().double())[0]
-    mapped = moments.cell_sums @ p.T
-    after.cell_sums = mapped + moments.counts.view(-1, 1, 1, 1) * shift
-    sums, shift = mapped.sum(0).flatten(0, 1), shift.flatten(0, 1)
-    mixed = sums.T @ shift
-    after.second = p @ moments.second @ p.T + mixed + mixed.T + moments.count * shift.T @ shift
-    return after
+    nothing = torch.zeros(1, *grid_size, head.embed_dim, device=head.projector.device)
+    return moments.mapped(head.projector.cpu().double(), head(nothing)[0].cpu().double())

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 # %% ../nbs/02f_kmeans.ipynb #c004
-from .moments import Moments
+from .moments import Moments, channel_scale, inverse_scale
 from .head import moments_after
 
 # %% ../nbs/02f_kmeans.ipynb #c007
@@ -44,29 +44,20 @@ class UpsampledMoments(Moments):
     ):
         factors = [torch.linalg.qr(interpolation_matrix(n, cells)) for n, cells in zip(size, grid_size)]
         (q_rows, r_rows), (q_columns, r_columns) = factors
-        super().__init__((len(r_rows), len(r_columns)), embed_dim, n_groups=1)
-        self.r, self.pixels = (r_rows, r_columns), math.prod(size)
+        super().__init__(grid_size, embed_dim, n_groups=1)
+        self.cell_sums = torch.zeros(1, len(r_rows), len(r_columns), embed_dim, dtype=torch.float64)
+        self.r, self.points = (r_rows, r_columns), math.prod(size)
         self.weights = torch.outer(q_rows.sum(0), q_columns.sum(0))
 
     def compress(self, patch_tokens):  # [B, gh, gw, D]
         "Returns tokens whose second moment is that of the upsampled ones."
-        (rows, columns), z = self.r, patch_tokens.detach().cpu().double()
-        z = (rows @ z.flatten(2)).view(len(z), len(rows), *z.shape[2:])
-        return columns @ z
+        rows, columns = (r.to(patch_tokens) for r in self.r)
+        z = rows @ patch_tokens.flatten(2)
+        return columns @ z.view(len(z), len(rows), *patch_tokens.shape[2:])
 
-    def update(self, patch_tokens):  # [B, gh, gw, D]
-        "Adds a batch of tokens and returns self; tokens that are not finite are refused, naming the image."
-        return super().update(self.compress(patch_tokens))
-
-    @property
-    def mean(self):
-        "Mean upsampled token [D]."
-        return torch.einsum("ij,ijd->d", self.weights, self.cell_mean) / self.pixels
-
-    @property
-    def cov(self):
-        "Covariance of the upsampled tokens [D, D]."
-        return self.second / (self.count * self.pixels) - torch.outer(self.mean, self.mean)
+    def average(self, cells):  # [rows, columns, D], compressed
+        "Returns the mean upsampled token [D]."
+        return torch.einsum("ij,ijd->d", self.weights, cells) / self.points
 
 # %% ../nbs/02f_kmeans.ipynb #1d749297
 def new_moments(
@@ -84,14 +75,13 @@ def whitened_pca(
     n:int,        # components
 ) -> tuple:
     "Returns `(mean [D], map [D, n])`: `(z - mean) @ map` are the components of standardized tokens."
-    cov = moments.cov
-    std = cov.diagonal().clamp_min(0).sqrt()
-    scale = torch.where(std > 1e-6 * std.max(), 1 / std, 0.)
+    mean, cov = moments.mean, moments.cov
+    scale = inverse_scale(channel_scale(mean, cov.diagonal()))
     _, vectors = torch.linalg.eigh(cov * scale[:, None] * scale)
-    vectors = vectors[:, -min(n, len(std)):].flip(1)
+    vectors = vectors[:, -min(n, len(mean)):].flip(1)
     largest = vectors.abs().argmax(0, keepdim=True)
     sign = vectors.gather(0, largest).sign()
-    return moments.mean, scale[:, None] * vectors * sign
+    return mean, scale[:, None] * vectors * sign
 
 # %% ../nbs/02f_kmeans.ipynb #634c1c1f
 def images_per_chunk(

@@ -30,6 +30,7 @@ def really_upsampled(z, size):
        st.integers(0, 2**31))
 def test_moments_of_upsampled_tokens_are_exact_for_any_grid_and_size(grid, size, seed):
     z = torch.randn(3, *grid, 5, generator=torch.Generator().manual_seed(seed)) * torch.arange(1, 6) + 10
+    z = z.double()
     moments, really = UpsampledMoments(grid, 5, size).update(z[:1]).update(z[1:]), really_upsampled(z, size)
     centered = really - really.mean(0)
     assert torch.allclose(moments.mean, really.mean(0), rtol=1e-9)
@@ -52,11 +53,15 @@ def test_reduced_tokens_are_scikit_learns_scaler_and_pca_but_for_signs():
     assert torch.allclose(ours * (ours * theirs).sum(0).sign(), theirs, atol=1e-3)
 
 
-def test_a_dimension_that_never_changes_is_left_out():
+def test_a_dimension_that_never_changes_is_left_out_and_a_quiet_one_is_not():
     z = torch.randn(5, 6, 7, 12)
     z[..., 3] = 7
-    _, projection = whitened_pca(Moments((6, 7), 12).update(z), 4)
+    moments = Moments((6, 7), 12).update(z)
+    _, projection = whitened_pca(moments, 4)
     assert (projection[3] == 0).all() and projection.isfinite().all()
+    loudness = torch.logspace(-6, 6, 12)     # one channel is a millionth of a millionth of another
+    _, louder = whitened_pca(Moments((6, 7), 12).update(z * loudness), 4)
+    assert torch.allclose(louder * loudness.double()[:, None], projection, atol=1e-5)
 
 
 def test_points_are_drawn_without_replacement_and_anew_for_each_seed():

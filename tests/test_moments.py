@@ -1,13 +1,15 @@
 """Sums of tokens: they add up in any order, come back from files, and give the R² of a probe."""
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
+from rasa_nb import moments
 from rasa_nb.reading import Reading
 from rasa_nb.encoders import load_encoder
-from rasa_nb.moments import Moments, collect_moments, position_targets, ridge_r2
+from rasa_nb.moments import Moments, collect_moments, position_targets, ridge_r2, sums_device
 from rasa_nb.patch_encoder import PatchEncoder
 from rasa_nb.scenes import Scenes, planted_tokens
 from rasa_nb.store import write_safetensors
@@ -16,10 +18,17 @@ grids = st.tuples(st.integers(1, 7), st.integers(1, 7)).filter(lambda g: g[0] * 
 seeds = st.integers(0, 99)
 
 
+def largest_error(moments, tokens):
+    "Of the covariance, in units of the channels' standard deviations; numpy's two passes in float64 are right."
+    right = torch.from_numpy(np.cov(tokens.double().flatten(0, 2).numpy().T, bias=True))
+    std = right.diagonal().sqrt()
+    return float(((moments.cov - right).abs() / std[:, None] / std).max())
+
+
 @settings(max_examples=30, deadline=None)
 @given(grid=grids, d=st.integers(3, 9), cuts=st.lists(st.integers(0, 60), max_size=4), seed=seeds)
 def test_moments_agree_in_any_order_and_in_any_number_of_parts(grid, d, cuts, seed):
-    z, _, _ = planted_tokens(60, grid, d, seed=seed)
+    z = planted_tokens(60, grid, d, seed=seed)[0].double() + 100
     order = torch.randperm(60, generator=torch.Generator().manual_seed(seed))
     pieces = order.tensor_split(sorted(cuts))
     parts = [Moments(grid, d).update(z[some], some) for some in pieces]
@@ -29,6 +38,51 @@ def test_moments_agree_in_any_order_and_in_any_number_of_parts(grid, d, cuts, se
         assert torch.allclose(getattr(merged, name), getattr(whole, name), atol=1e-9)
     targets = position_targets(grid, "grid")
     assert torch.allclose(merged.group_cross(targets), whole.group_cross(targets), atol=1e-9)
+
+
+@pytest.mark.parametrize("products", [None, torch.float64])
+@pytest.mark.parametrize("mean", [0, 100, 10_000])
+def test_sums_are_right_to_a_millionth_of_the_spread(mean, products, monkeypatch):
+    "Also where means are far above it, and whichever type a device multiplies in."
+    if products: monkeypatch.setattr(moments, "product_dtype", lambda tokens: products)
+    loudness = torch.logspace(-3, 3, 24)
+    z = (torch.randn(90, 8, 8, 24) + mean) * loudness
+    m = Moments((8, 8), 24)
+    for batch in z.split(13): m.update(batch)
+    assert largest_error(m, z) < 1e-6 and m.cov.dtype == m.cell_mean.dtype == torch.float64
+    assert ((m.mean - z.double().mean((0, 1, 2))).abs() < 1e-6 * loudness).all()
+
+
+def test_short_cuts_that_a_user_switched_on_are_off_and_then_on_again():
+    z = torch.randn(90, 4, 4, 8) + 3
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            m = Moments.of(z)
+            assert (z[0, 0] @ z[0, 0].T).dtype == torch.bfloat16
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally: torch.set_float32_matmul_precision("highest")
+    assert largest_error(m, z) < 1e-6
+
+
+def test_tokens_of_half_precision_are_summed_as_they_are():
+    z = (torch.randn(90, 4, 4, 8) + 30).bfloat16()
+    assert largest_error(Moments.of(z), z) < 1e-6
+
+
+def test_sums_are_kept_where_float64_is():
+    kept = {name: sums_device(torch.device(name)).type for name in ("cpu", "cuda", "mps")}
+    assert kept == dict(cpu="cpu", cuda="cuda", mps="cpu")
+
+
+@settings(max_examples=20, deadline=None)
+@given(d=st.integers(2, 6), seed=seeds)
+def test_the_scale_of_a_channel_knows_of_no_other(d, seed):
+    g = torch.Generator().manual_seed(seed)
+    z, loudness = torch.randn(30, 3, 3, d, generator=g), 10 ** (12 * torch.rand(d, generator=g) - 6)
+    z[..., 0] = 5
+    scale, louder = Moments.of(z).scale, Moments.of(z * loudness).scale
+    assert torch.allclose(louder, scale * loudness, rtol=1e-5, atol=0) and scale[0] == 0 < scale[1:].min()
 
 
 def test_turns_keep_every_pixel_and_are_remembered():
@@ -50,13 +104,21 @@ def test_moments_of_two_encoders_do_not_add_up_and_of_two_readings_do(tiny):
     assert both.count == 8 and both.source["augment"] == ["published", "turns"]
 
 
-def test_moments_of_version_0_0_1_are_read(tmp_path):
-    m = Moments.of(planted_tokens(20, (3, 4), 5)[0])
+def test_moments_of_earlier_versions_are_read(tmp_path):
+    "They hold sums of the tokens as they are, with no shift."
+    z = planted_tokens(20, (3, 4), 5)[0].double()
     source = dict(encoder="tiny", licence="MIT", image_size=96, augment="published", random_state=0)
-    sums = dict(counts=m.counts, cell_sums=m.cell_sums, second=m.second)
+    groups = torch.stack([z[i::16].sum(0) for i in range(16)])
+    sums = dict(counts=torch.tensor([2.] * 4 + [1.] * 12).double(), cell_sums=groups,
+                second=z.flatten(0, 2).T @ z.flatten(0, 2))
     write_safetensors(tmp_path / "m.safetensors", sums, "rasa_nb.moments.1", source)
-    again = Moments.load(tmp_path / "m.safetensors")
-    assert torch.equal(again.cov, m.cov) and again.count == 20 and again.source == source
+    again, m = Moments.load(tmp_path / "m.safetensors"), Moments.of(z)
+    assert again.count == 20 and again.source == source
+    for both in (again, again + m, m + again): assert torch.allclose(both.cov, m.cov, atol=1e-12)
+    m.save(tmp_path / "new.safetensors")
+    assert torch.equal(Moments.load(tmp_path / "new.safetensors").cov, m.cov)
+    write_safetensors(tmp_path / "head.safetensors", sums, "rasa_nb.head.1", source)
+    with pytest.raises(ValueError, match="is no rasa_nb.moments.2 file"): Moments.load(tmp_path / "head.safetensors")
 
 
 @pytest.mark.parametrize("share", [0., .2, .8])
