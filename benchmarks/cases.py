@@ -89,10 +89,12 @@ class Case:
     report: object    # another, on which its answer is reported
     size: int         # pixels
     k: tuple = None   # numbers of clusters; None: the protocol's
+    whole: object = None    # both splits together, where each is small
 
     def first(self, n):
         "Returns the case with the first `n` images of each split."
-        return replace(self, learn=self.learn.first(n), pick=self.pick.first(n), report=self.report.first(n))
+        splits = {name: getattr(self, name) for name in ("learn", "pick", "report", "whole")}
+        return replace(self, **{name: split and split.first(n) for name, split in splits.items()})
 
 
 def open_case(name, root=SHARED, weights=None):
@@ -123,7 +125,7 @@ def _water(encoder, root):
     folder = root / "data" / "s2_water"
     scenes = sorted({_place(tile)[0] for tile in (folder / "images").glob("*.jpg")})
     pick, report = (Water(folder, scenes[half::2], name) for half, name in enumerate(("water-a", "water-b")))
-    return Case(encoder, pick, pick, report, 96, (10, 30, 100, 300))
+    return Case(encoder, pick, pick, report, 96, (10, 30, 100, 300), Water(folder))
 
 
 def _deit(root):

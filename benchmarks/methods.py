@@ -13,6 +13,7 @@ where it was stopped: heads and finished K-means runs are kept in --folder. The 
     pick      all methods, on the split whose labels the rule may look at; one K-means start
     report    the same, and raw pixels, on the other split
     full      none, RASA and position mean on that split, with all restarts of the protocol
+    whole     all methods on both splits together, for the satellite scenes, of which there are few
     mlp       what a small network still reads of position, added to `report`
     matching  both ways of naming clusters, against the number of images
 
@@ -42,7 +43,7 @@ here = Path(__file__).resolve().parent
 METHODS = ["RASA as released", "RASA as in the paper", "RASA", "position mean",
            "position mean + RASA, fourier", "LEACE, coords", "LEACE, fourier",
            "blank-image SVD, 4", "blank-image SVD, 10", "blank-image SVD, D/2"]
-PARTS = ["pick", "report", "full", "mlp", "matching"]
+PARTS = ["pick", "report", "whole", "full", "mlp", "matching"]
 
 
 def removers(names=METHODS):
@@ -61,6 +62,7 @@ def run_case(name, part, record, args):
     "Fills a part of a case if it is missing, and writes the record."
     if part in record.setdefault(name, {}): return
     case = open_case(name, args.shared, args.mae)
+    if part == "whole" and case.whole is None: return
     if args.images: case = case.first(args.images)
     record[name][part] = RUN[part](case, fitted(name, case, args), args)
     save(args.out, record)
@@ -95,13 +97,17 @@ def full(case, encoders, args):
     return compared(case, case.report, chosen, args, args.protocol, range(args.seeds)).to_dict()
 
 
+def whole(case, encoders, args):
+    return compared(case, case.whole, encoders, args, args.fewer, range(args.seeds)).to_dict()
+
+
 def mlp(case, encoders, args):
     every, reading = {"none": case.encoder} | encoders, args.reading.replace(size=case.size)
     shown = dict(augmented=reading, upright=reading.replace(augment="none"))
     return {f"mlp {kind}": position_r2(every, case.report, how, "mlp").mean for kind, how in shown.items()}
 
 
-RUN = dict(pick=pick, report=report, full=full, mlp=mlp)
+RUN = dict(pick=pick, report=report, whole=whole, full=full, mlp=mlp)
 
 
 def matching_cases(args):
@@ -180,7 +186,7 @@ def main():
     for part in args.parts:    # all cases of a part first, so that the rule can be applied early
         for name in args.cases if part in RUN else []: run_case(name, part, record, args)
     if "matching" in args.parts: matching(record, args)
-    for part in ("report", "full"):
+    for part in ("report", "whole", "full"):
         for c in comparisons(record, part).values(): print(f"\n{c.to_markdown()}\n")
     picked = list(comparisons(record, "pick").values())
     if not picked: return
