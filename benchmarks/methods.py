@@ -83,7 +83,7 @@ def fitted(name, case, args):
 
 
 def pick(case, encoders, args):
-    return compared(case, case.pick, encoders, args, args.fewer, range(args.pick_seeds)).to_dict()
+    return compared(case, case.pick, encoders, args, args.fewer, range(args.seeds)).to_dict()
 
 
 def report(case, encoders, args):
@@ -124,7 +124,7 @@ def matching_cases(args):
 def matching(record, args):
     "Fills the rows of the figure: both ways of naming against images and clusters."
     if "matching" in record: return
-    rows, seeds = [], range(args.pick_seeds)
+    rows, seeds = [], range(args.matching_seeds)
     for name, encoders, data, size, numbers in matching_cases(args):
         for number in numbers:
             shown, reading = data.first(number), args.reading.replace(size=size)
@@ -167,7 +167,7 @@ def arguments():
     add("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
     add("--mae", type=Path, help="weights of the masked autoencoder, of tiny's architecture")
     add("--seeds", type=int, default=5, help="of K-means")
-    add("--pick_seeds", type=int, default=3, help="of K-means, in `pick` and `matching`")
+    add("--matching_seeds", type=int, default=3, help="of K-means, in `matching`")
     add("--k", type=int, nargs="+", help="numbers of clusters; the protocol's, or the case's, by default")
     add("--images", type=int, help="the first so many of each split; all by default")
     add("--shared", type=Path, default=SHARED, help="folder of real weights and data")
