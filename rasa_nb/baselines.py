@@ -15,7 +15,7 @@ from .reading import Reading
 from .patch_encoder import WrappedEncoder, check_image_size
 from .store import fitted_on
 from .moments import Moments, orthonormal_targets, position_targets
-from .rasa import RASA, PositionMean, PositionRemover, complement
+from .rasa import RASA, PositionMean, PositionRemover, check_rank, complement
 from .trained import TrainedRASA
 
 # %% ../nbs/02e_baselines.ipynb #c005
@@ -46,6 +46,7 @@ class LEACE(PositionRemover):
 
     def solve(self, moments):
         targets = orthonormal_targets(position_targets(moments.grid_size, self.targets))
+        check_rank(targets.shape[-1], moments.embed_dim, f"targets {self.targets!r}")
         return leace_fitter(moments, targets).eraser.P, None
 
 # %% ../nbs/02e_baselines.ipynb #c018
@@ -81,6 +82,7 @@ def fit_moments(self:BlankSVD, moments):
 @patch
 def solve(self:BlankSVD, moments):
     n = self._number(moments.embed_dim)
+    check_rank(n, moments.embed_dim, f"n_directions={self.n_directions!r}")
     z = F.normalize(moments.cell_mean.flatten(0, 1), dim=-1)
     if len(z) == 1:
         raise ValueError("the blank image has one patch only: no position to learn from, take a larger one")
@@ -95,9 +97,9 @@ def _number(self:BlankSVD, embed_dim):
     "How many directions to take."
     n = self.n_directions
     if 0 < n < 1: n = round(n * embed_dim)
-    if n == int(n) and 1 <= n <= embed_dim: return int(n)
-    raise ValueError(f"n_directions={self.n_directions!r}: expected a whole number from 1 to {embed_dim}, "
-                     "or a share of D above 0 and below 1")
+    if n == int(n) and 1 <= n < embed_dim: return int(n)
+    numbers = f"a whole number from 1 to {embed_dim - 1}, or a share of D above 0 and below 1"
+    raise ValueError(f"n_directions={self.n_directions!r}: expected {numbers}")
 
 # %% ../nbs/02e_baselines.ipynb #c023
 class RemovePCA(PositionRemover):
@@ -112,8 +114,9 @@ class RemovePCA(PositionRemover):
     def solve(self, moments):
         if self.by not in ("position", "variance"):
             raise ValueError(f"by={self.by!r}: expected 'position' or 'variance'")
-        if not 1 <= self.n_components <= moments.embed_dim:
-            raise ValueError(f"n_components={self.n_components}: expected 1 to {moments.embed_dim}")
+        if not 1 <= self.n_components < moments.embed_dim:
+            raise ValueError(f"n_components={self.n_components}: expected 1 to {moments.embed_dim - 1}")
+        check_rank(self.n_components, moments.embed_dim, f"n_components={self.n_components}")
         variance, components = torch.linalg.eigh(moments.cov)
         moved = ((moments.cell_mean - moments.mean) @ components).square().mean((0, 1))
         order = (moved if self.by == "position" else variance).argsort(descending=True)
@@ -130,10 +133,14 @@ class MeanThenRASA(PositionRemover):
         self.targets, self.random_state = targets, random_state
 
     def solve(self, moments):
-        rasa = RASA(self.targets, random_state=self.random_state).fit_moments(moments)
-        mean = PositionMean(random_state=self.random_state).fit_moments(moments)
-        self.basis_ = rasa.basis_
-        return rasa.projector_, mean.fitted_head().offset
+        self.rasa_ = RASA(self.targets, random_state=self.random_state)
+        self.mean_ = PositionMean(random_state=self.random_state)
+        projector, offset = self.rasa_.solve(moments)[0], self.mean_.solve(moments)[1]
+        self.basis_, self.scale_ = self.rasa_.basis_, self.rasa_.scale_
+        return projector, offset
+
+    def solve_again(self, moments):
+        return self.rasa_.solve_again(moments)[0], self.mean_.solve_again(moments)[1]
 
 # %% ../nbs/02e_baselines.ipynb #c031
 class ShiftAverage(WrappedEncoder):

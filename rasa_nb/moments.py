@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['position_targets', 'orthonormal_targets', 'Moments', 'sums_device', 'product_dtype', 'full_precision', 'check_finite',
-           'channel_scale', 'inverse_scale', 'collect_moments', 'describe_fit', 'this_process', 'ridge_r2']
+           'kept_apart', 'channel_scale', 'inverse_scale', 'collect_moments', 'describe_fit', 'this_process',
+           'ridge_r2']
 
 # %% ../nbs/02_moments.ipynb #c003
 import copy, json, math, time
@@ -67,13 +68,15 @@ class Moments:
     def __init__(self,
         grid_size,           # (gh, gw)
         embed_dim:int,       # D
-        n_groups:int=16,     # groups of images whose sums are kept apart
+        n_groups:int=16,     # groups of images, each with sums of its own
+        apart:bool=False,    # whether a tenth of the images is summed once more by itself, in `apart`
     ):
         self.counts = torch.zeros(n_groups, dtype=torch.float64)
         self.shift = torch.zeros(embed_dim, dtype=torch.float64)
         self.cell_sums = torch.zeros(n_groups, *grid_size, embed_dim, dtype=torch.float64)
         self.second = torch.zeros(embed_dim, embed_dim, dtype=torch.float64)
         self.grid_size, self.points = tuple(grid_size), math.prod(grid_size)    # points: tokens of an image
+        self.apart = Moments(grid_size, embed_dim, n_groups) if apart else None
         self.source = {}     # what they were made of, see `describe_fit`
 
     @classmethod
@@ -127,6 +130,12 @@ def check_finite(
     finite = patch_tokens.isfinite().flatten(1).all(1).cpu()
     if not finite.all(): raise ValueError(f"tokens of image {int(indices[~finite][0])} are not finite")
 
+def kept_apart(
+    indices,    # [B], which images these are
+) -> torch.Tensor:
+    "Returns whether each is of the tenth that is kept apart, an equal share of each of 16 groups."
+    return (indices + indices // 16) % 10 == 9
+
 @patch
 def update(self:Moments,
     patch_tokens,     # [B, gh, gw, D], on any device
@@ -140,6 +149,8 @@ def update(self:Moments,
     indices = torch.as_tensor(indices)
     check_finite(patch_tokens, indices)
     if len(patch_tokens): self._add(patch_tokens.detach(), indices % len(self.counts))
+    some = kept_apart(indices)
+    if self.apart is not None and some.any(): self.apart.update(patch_tokens[some], indices[some])
     return self
 
 # %% ../nbs/02_moments.ipynb #m0000013
@@ -240,6 +251,7 @@ def mapped(self:Moments,
 ):
     "Returns the moments of the tokens `matrix @ z + offset[cell]`."
     moved, cells, second = copy.copy(self), self.cell_sums.cpu(), self.second.cpu()
+    if self.apart is not None: moved.apart = self.apart.mapped(matrix, offset)
     new = self.shift.expand(*self.grid_size, -1)
     if matrix is not None: cells, second, new = cells @ matrix.T, matrix @ second @ matrix.T, new @ matrix.T
     if offset is not None: new = new + offset
@@ -267,9 +279,19 @@ def __add__(self:Moments, other):
     both = self.mapped(shift=self.shift if self.count else other.shift)
     other = other.mapped(shift=both.shift)
     for name in _sums: setattr(both, name, getattr(both, name) + getattr(other, name))
+    both.apart = self.apart + other.apart if self.apart is not None and other.apart is not None else None
     differs = {k: [self.source.get(k), v] for k, v in other.source.items() if v != self.source.get(k)}
     both.source = self.source | differs
     return both
+
+# %% ../nbs/02_moments.ipynb #m0000018
+@patch(as_prop=True)
+def rest(self:Moments):
+    "The moments without the images that were kept apart."
+    rest, apart = self.mapped(shift=self.shift), self.apart.mapped(shift=self.shift)
+    for name in _sums: setattr(rest, name, getattr(rest, name) - getattr(apart, name))
+    rest.apart = None
+    return rest
 
 # %% ../nbs/02_moments.ipynb #c025
 def collect_moments(
@@ -300,7 +322,7 @@ def _begin(encoder, data, reading, moments_file):
     file = moments_file and Path(f"{moments_file}.{rank}of{world}" if world > 1 else moments_file)
     source = describe_fit(encoder, data, reading)
     if file and file.exists(): moments = _resume(file, source)
-    else: moments = Moments(check_image_size(reading.size, encoder.patch_size), encoder.embed_dim)
+    else: moments = Moments(check_image_size(reading.size, encoder.patch_size), encoder.embed_dim, apart=True)
     moments.source = source
     return moments, range(rank, len(data), world)[moments.count:], file
 
@@ -324,7 +346,8 @@ def describe_fit(
 @patch
 def save(self:Moments, path):
     "Writes the sums to a safetensors file, whole or not at all."
-    tensors = {name: getattr(self, name) for name in (*_sums, "shift")}
+    def sums(moments, before=""): return {before + name: getattr(moments, name) for name in (*_sums, "shift")}
+    tensors = sums(self) if self.apart is None else sums(self) | sums(self.apart, "apart_")
     write_safetensors(path, tensors, "rasa_nb.moments.2", self.source)
 
 @patch(cls_method=True)
@@ -332,8 +355,10 @@ def load(cls:Moments, path):
     "Returns the sums that `save` wrote, in this version or an earlier one."
     tensors, source = _read_any(path)
     groups, *grid_size, embed_dim = tensors["cell_sums"].shape
-    self = cls(grid_size, embed_dim, groups)
-    vars(self).update(tensors, source=source)
+    self = cls(grid_size, embed_dim, groups, apart="apart_second" in tensors)
+    self.source = source
+    for name, tensor in tensors.items():
+        setattr(self.apart if name.startswith("apart_") else self, name.removeprefix("apart_"), tensor)
     return self
 
 def _read_any(path):
@@ -358,6 +383,7 @@ def all_reduce(self:Moments):
     moved = self.mapped(shift=shift)
     for name in _sums: setattr(self, name, _total(getattr(moved, name)))
     self.shift = moved.shift
+    if self.apart is not None: self.apart.all_reduce()
     return self
 
 def _total(tensor):

@@ -136,9 +136,17 @@ MOMENTS = Moments.of(TOKENS)
 
 @pytest.mark.parametrize("call, match", [
     (lambda: BlankSVD(2.5).fit_moments(MOMENTS), "n_directions=2.5"),
+    (lambda: LEACE("fourier").fit_moments(MOMENTS), "targets 'fourier': 7 of 6 dimensions go"),
+    (lambda: RemovePCA(6).fit_moments(MOMENTS), "n_components=6: expected 1 to 5"),
     (lambda: BlankSVD(1).fit_moments(Moments.of(torch.ones(1, 1, 1, 6))), "no position to learn"),
     (lambda: RemovePCA(0).fit_moments(MOMENTS), "n_components=0"),
     (lambda: RemovePCA(by="size").fit_moments(MOMENTS), "by='size'"),
     (lambda: LEACE("polar").fit_moments(MOMENTS), "'polar'")])
 def test_bad_input_gives_an_error_that_says_what_to_do(call, match):
     with pytest.raises(ValueError, match=match): call()
+
+
+@pytest.mark.parametrize("remover", [BlankSVD(4), RemovePCA(4), RASA("fourier", 4), LEACE(lambda grid: torch.randn(*grid, 4))])
+def test_more_than_half_of_the_dimensions_is_warned_of(remover):
+    with pytest.warns(UserWarning, match="4 of 6 dimensions go, and the content along them"):
+        remover.fit_moments(MOMENTS)

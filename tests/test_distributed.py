@@ -34,7 +34,7 @@ def test_two_processes_give_the_moments_and_the_head_of_one(tmp_path, tiny):
     (tmp_path / "script.py").write_text(SCRIPT)
     torchrun(2, tmp_path / "script.py", tmp_path / "two.safetensors")
     one, two = collect_moments(tiny, Scenes("train", 25)), Moments.load(tmp_path / "two.safetensors")
-    assert one.count == two.count == 25 and torch.equal(one.counts, two.counts)
+    assert one.count == two.count == 25 and one.apart.count == two.apart.count == 2 and torch.equal(one.counts, two.counts)
     assert torch.allclose(one.cov, two.cov, atol=1e-6)
     p, q = (RASA().fit_moments(m).basis_ for m in (one, two))
     assert (p @ p.T - q @ q.T).abs().max() < 1e-5
