@@ -22,8 +22,7 @@ from .reading import Reading
 from .patch_encoder import PatchEncoder
 from .encoders import from_module
 from .head import unwrap
-from .moments import inverse_scale
-from .rasa import RASA, PositionRemover, fit_together
+from .rasa import RASA, PositionRemover, complement, fit_together
 from .measures import Measured, position_r2
 from .baselines import roster
 from .matching import LEOPART
@@ -39,14 +38,14 @@ class RandomSubspace(PositionRemover):
         self.rank, self.random_state = rank, random_state
 
     def solve(self, moments):
-        "Returns the projector [D, D] and no offset; sets `basis_`, orthonormal in standardized units."
+        "Returns the projector [D, D] and no offset; sets `basis_`, orthonormal in units of `scale_`."
         found = RASA(rank=self.rank, random_state=self.random_state).fit_moments(moments)
         generator = torch.Generator().manual_seed(self.random_state)
         drawn = torch.randn(found.basis_.shape, generator=generator, dtype=torch.float64)
-        self.basis_ = torch.linalg.qr(drawn)[0]
-        removed = self.basis_ @ self.basis_.T
-        removed = moments.scale[:, None] * removed * inverse_scale(moments.scale)
-        return torch.eye(len(removed), dtype=torch.float64) - removed, None
+        self.basis_, self.scale_ = torch.linalg.qr(drawn)[0], moments.scale
+        return complement(self.basis_, moments.scale), None
+
+    def _warn_of_left(self, left, images): "A control leaves position: there is nothing to warn of."
 
 # %% ../nbs/03b_comparison.ipynb #s004
 def raw_pixels(
@@ -150,12 +149,16 @@ def title(self:Comparison):
 @patch(as_prop=True)
 def whole_table(self:Comparison):
     "The table, and below it a row per control."
-    rows = {}
-    for name, of in (self.controls or {}).items():
-        rows[name] = {_heads[column].format(k): f"{of[k][column]:.1f}" for k in self.ks for column in self.columns}
+    rows = {name: self._control(name) for name in self.controls or {}}
     controls = pd.DataFrame(rows).T.reindex(columns=self.table.columns)
     whole = pd.concat([self.table.astype(object), controls.astype(object)])
     return whole.where(whole.notna(), None)
+
+@patch
+def _control(self:Comparison, name):
+    "The row of a control."
+    each = [(k, column) for k in self.ks for column in self.columns]
+    return {_heads[column].format(k): f"{self.controls[name][k][column]:.1f}" for k, column in each}
 
 # %% ../nbs/03b_comparison.ipynb #s009
 @patch
@@ -181,7 +184,7 @@ def to_dict(self:Comparison):
 
 @patch(cls_method=True)
 def from_dict(cls:Comparison, record):
-    "Returns the comparison that `to_dict` wrote, also of version 0.1, which named no cluster by other images."
+    "Returns the comparison that `to_dict` wrote; version 0.1 named no cluster by other images."
     known = {name: record.get(name) for name in cls.__dataclass_fields__}
     nested = {name: _by_k(known[name]) for name in ("miou", "held_out", "nmi", "controls")}
     for name in ("change", "common"):
@@ -195,7 +198,7 @@ def _by_k(table):
 # %% ../nbs/03b_comparison.ipynb #m005
 @patch
 def show(self:Comparison):
-    "Returns a figure: R² left, and the gain in mIoU for each k, held out and as published; a line per method."
+    "Returns a figure: R² left, and the gain in mIoU for each k by both scores; a line per method."
     methods = list(self.miou)
     lines, size = np.arange(len(methods)), (4 + 2 * len(self.ks), 1.2 + .24 * len(methods))
     fig, axes = plt.subplots(1, 1 + len(self.ks), figsize=size, sharey=True, layout="constrained")
@@ -208,8 +211,9 @@ def show(self:Comparison):
     for ax, k in zip(axes[1:], self.ks):
         self._draw_gains(ax, k, lines)
         ax.set(title=f"K={k}", xlabel="mIoU gained, points")
-    handles = axes[0].get_legend_handles_labels(), axes[-1].get_legend_handles_labels()
-    fig.legend(*map(sum, zip(*handles), ([], [])), loc="outside lower left", ncols=4, frameon=False, fontsize=8)
+    marks = [ax.get_legend_handles_labels() for ax in (axes[0], axes[-1])]
+    handles, labels = (sum(of, []) for of in zip(*marks))
+    fig.legend(handles, labels, loc="outside lower left", ncols=4, frameon=False, fontsize=8)
     sns.despine(fig, left=True)
     plt.close(fig)
     return fig
@@ -286,8 +290,9 @@ def _changes_in(result):
     for column, mean in dict(miou="mean", held_out="held_out").items():
         start, of = ("" if column == "miou" else "held_out_"), found.setdefault(column, {})
         for row in result.change.to_dict("records"):
-            seeds, images = ([row[f"{start}{over}{end}"] for end in ("low", "high")] for over in ("", "images_"))
-            of.setdefault(row["encoder"], {})[row["k"]] = dict(mean=row[mean], seeds=seeds, images=images)
+            seeds, images = ([row[start + over + end] for end in ("low", "high")] for over in ("", "images_"))
+            changed = dict(mean=row[mean], seeds=seeds, images=images)
+            of.setdefault(row["encoder"], {})[row["k"]] = changed
     return found
 
 def _controls_in(result):
