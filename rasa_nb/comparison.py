@@ -18,6 +18,7 @@ from fastcore.basics import patch
 from torch import nn
 
 # %% ../nbs/03b_comparison.ipynb #c004
+from .data import as_data
 from .reading import Reading
 from .patch_encoder import PatchEncoder
 from .encoders import from_module
@@ -248,6 +249,7 @@ def compare_methods(
     folder=None,          # where finished runs of K-means are kept and found again; None: nowhere
 ) -> Comparison:
     "Fits, probes and clusters every method on one encoder."
+    learn, score = as_data(learn, masks=False), as_data(score, masks=True)
     reading = Reading.of(reading, size=encoder.image_size)
     encoders = {"none": encoder} | _ready(roster() if removers is None else removers, encoder, learn, reading)
     shown = dict(augmented=reading, upright=reading.replace(augment="none"))

@@ -16,7 +16,9 @@ from fastcore.basics import patch
 from torch import nn
 
 # %% ../nbs/02n_deploy.ipynb #c004
+from .reading import height_width
 from .patch_encoder import PatchEncoder, WrappedEncoder, check_image_size
+from .store import check_file, check_room
 from .head import RASAHead, unwrap
 
 # %% ../nbs/02n_deploy.ipynb #c008
@@ -122,8 +124,9 @@ def _patch_embedding(encoder):
 # %% ../nbs/02n_deploy.ipynb #c015
 def _check_fold(own, encoder, debiased, name):
     "Raises unless the model's own patch tokens are the attached encoder's; warns if at its own size only."
-    size, other = own.image_size, own.image_size + own.patch_size
-    difference = _difference(own, encoder, debiased, (size, size))
+    height, width = height_width(own.image_size)
+    wider = width + own.patch_size
+    difference = _difference(own, encoder, debiased, (height, width))
     if difference is None:
         raise ValueError(
             f"{encoder.name}: no patch token passes {name!r} in the model's own forward (only the pooled "
@@ -134,13 +137,13 @@ def _check_fold(own, encoder, debiased, name):
             f"encoder's by {difference:.2g} of their std: the encoder takes its tokens elsewhere, "
             f"from another block or norm, or has other prefix tokens than {own.num_prefix_tokens}. Name that "
             "norm, `fold(encoder, norm='...')`, set num_prefix_tokens, or use attach")
-    try: difference = _difference(own, encoder, debiased, (size, other))
+    try: difference = _difference(own, encoder, debiased, (height, wider))
     except (AssertionError, RuntimeError, ValueError): return   # the model takes its own size only
     if difference is None or difference < 1e-3: return
     warnings.warn(
-        f"{encoder.name}: at {size} x {other} pixels the folded model's patch tokens differ from the "
+        f"{encoder.name}: at {height} x {wider} pixels the folded model's patch tokens differ from the "
         f"attached encoder's by {difference:.2g} of their std, since the model resamples its position "
-        f"embedding in another way than the encoder; at {size} x {size} they are the same. "
+        f"embedding in another way than the encoder; at {height} x {width} they are the same. "
         "load_encoder(..., resampling='library') fits a head to the model's way", stacklevel=3)
 
 @torch.no_grad()
@@ -169,6 +172,8 @@ def export_onnx(
     size = (size, size) if isinstance(size, int) else tuple(size)
     check_image_size(size, encoder.patch_size)
     encoder, path = copy.deepcopy(encoder).cpu(), Path(path)
+    check_file(path)
+    check_room(path.absolute().parent, sum(tensor.nbytes for tensor in encoder.state_dict().values()))
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".unfinished-") as folder:
         part = Path(folder) / path.name
         _write_onnx(_Traceable(encoder), torch.rand(2, 3, *size), part)

@@ -8,6 +8,7 @@ __all__ = ['Explorer', 'explore', 'ExplorerWidget']
 # %% ../nbs/02m_explorer.ipynb #c003
 import base64, io
 from importlib.resources import files
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -17,6 +18,7 @@ from PIL import Image
 
 # %% ../nbs/02m_explorer.ipynb #c004
 from .patch_encoder import ViTEncoder, WrappedEncoder
+from .store import figure_bytes, write_whole
 from .head import DebiasedEncoder
 from .visualize import SIMILARITY_CMAP, as_image, cell_at, draw_similarity, fitting_size
 from .visualize import named_encoders, tokens_of, unit_tokens
@@ -197,7 +199,8 @@ def save(self:Explorer,
     path,     # file to write; its ending says the format, as in matplotlib: png, pdf, svg
 ):
     "Writes `figure()` to a file."
-    self.figure().savefig(path, bbox_inches="tight", dpi=150)
+    kind = Path(path).suffix[1:] or "png"
+    write_whole(path, figure_bytes(self.figure(), kind, bbox_inches="tight", dpi=150))
 
 # %% ../nbs/02m_explorer.ipynb #c066
 @patch

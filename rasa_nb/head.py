@@ -8,6 +8,7 @@ __all__ = ['RASAHead', 'DebiasedEncoder', 'check_meeting', 'unwrap', 'warn_if_fo
 
 # %% ../nbs/02a_head.ipynb #c003
 import copy, json, warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,8 +19,8 @@ from torch import nn
 
 # %% ../nbs/02a_head.ipynb #c004
 from .reading import batches
-from .patch_encoder import WrappedEncoder
-from .store import fitted_on, read_safetensors, write_safetensors
+from .patch_encoder import WrappedEncoder, sparing
+from .store import encoder_changes, fitted_on, read_safetensors, write_safetensors, write_whole
 
 # %% ../nbs/02a_head.ipynb #c007
 class RASAHead(nn.Module, ModelHubMixin):
@@ -77,7 +78,7 @@ def load(cls:RASAHead, path):
 def _save_pretrained(self:RASAHead, save_directory):
     self.save(save_directory / "head.safetensors")
     config = dict(format="rasa_nb.head.1", head=self.metadata)
-    (save_directory / "config.json").write_text(json.dumps(config, indent=1))
+    write_whole(save_directory / "config.json", json.dumps(config, indent=1))
 
 @patch(cls_method=True)
 def _from_pretrained(cls:RASAHead, *, model_id, **download):
@@ -166,11 +167,10 @@ def warn_if_foreign(
     encoder,       # a `PatchEncoder`
 ) -> bool:
     "Warns if a head was not fitted on this encoder, naming what differs; returns whether it did."
-    now, names = dict(encoder=encoder.name), ["encoder"]
-    if "encoder_hash" in source: now, names = fitted_on(encoder), ["encoder_hash", "layers", "norm"]
-    differs = [name for name in names if name in source and source[name] != now[name]]
+    now = fitted_on(encoder) if "encoder_hash" in source else dict(encoder=encoder.name)
+    differs = encoder_changes(source, now)
     if not differs: return False
-    changes = "; ".join(f"{name} {source[name]!r} then, {now[name]!r} now" for name in differs)
+    changes = "; ".join(f"{name} {then!r} then, {now!r} now" for name, (then, now) in differs.items())
     met = f"this head was fitted on {source.get('encoder')!r} and meets {encoder.name!r}"
     warnings.warn(f"{met}, which is not the same encoder ({changes}): it may leave position and remove "
                   "content. Fit one for this encoder, e.g. `RASA().fit(encoder, images)`", stacklevel=3)
@@ -183,9 +183,10 @@ def encode_together(
     reading=None,        # a `Reading`: batch size, workers, progress
     desc:str="encode",   # name of the progress bar
 ):
-    "Yields `({name: patch tokens [B, gh, gw, D]}, masks)` over the dataset."
-    for images, masks in batches(data, reading, desc):
-        yield tokens_via(encoders, images), masks
+    "Yields `({name: patch tokens [B, gh, gw, D]}, masks)` over the dataset; halves batches as `encode` does."
+    encode, device = sparing(partial(tokens_via, encoders)), next(iter(encoders.values())).device
+    for images, found in batches(data, reading, desc, device):
+        yield encode(images), found
 
 def tokens_via(
     encoders:dict,   # name -> encoder

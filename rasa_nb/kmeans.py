@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['interpolation_matrix', 'upsample', 'UpsampledMoments', 'new_moments', 'whitened_pca', 'images_per_chunk',
-           'reduce_tokens', 'cells_around', 'draw_points', 'kmeans_centers', 'nearest_centers']
+           'reduce_tokens', 'cells_around', 'draw_points', 'distances_to', 'argmin', 'assign_points', 'ClusterSums',
+           'add_rows', 'fill_empty', 'lloyd', 'first_points', 'settled_library', 'kmeans_centers', 'nearest_centers']
 
 # %% ../nbs/02f_kmeans.ipynb #c003
 import math
@@ -12,6 +13,7 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 
 # %% ../nbs/02f_kmeans.ipynb #c004
 from .moments import Moments, channel_scale, inverse_scale
@@ -86,9 +88,11 @@ def whitened_pca(
 # %% ../nbs/02f_kmeans.ipynb #634c1c1f
 def images_per_chunk(
     numbers:int,    # float32 numbers that one image takes
+    device="cpu",   # that does the work
 ) -> int:
-    "Returns how many images make about 4 MB of numbers; at least one."
-    return max(1, 2**20 // numbers)
+    "Returns how many images make 1 MB of numbers, as a CPU's cache holds, or 256 MB on a GPU; at least one."
+    bound = 2**18 if torch.device(device).type == "cpu" else 2**26
+    return max(1, bound // numbers)
 
 # %% ../nbs/02f_kmeans.ipynb #c021
 def reduce_tokens(
@@ -102,7 +106,7 @@ def reduce_tokens(
     for head in heads: moments = moments_after(moments, head, tokens.shape[1:3])
     mean, projection = (a.to(device, torch.float32) for a in whitened_pca(moments, protocol.pca))
     reduced = torch.empty(*tokens.shape[:3], projection.shape[1])
-    step = images_per_chunk(tokens[0].numel())
+    step = images_per_chunk(tokens[0].numel(), device)
     for start in range(0, len(tokens), step):
         some = tokens[start:start + step].to(device).float()
         for head in heads: some = head(some)
@@ -146,25 +150,173 @@ def draw_points(
             points.addcmul_(weight[:, None], maps[image, rows[row], columns[column]])
     return points
 
-# %% ../nbs/02f_kmeans.ipynb #c027
-def kmeans_centers(
+# %% ../nbs/02f_kmeans.ipynb #kstandin
+def full_precision(device): return torch.autocast(device.type, enabled=False)
+
+# %% ../nbs/02f_kmeans.ipynb #k001
+def distances_to(
+    points,     # [..., d]
+    centers,    # [k, d]
+) -> torch.Tensor:
+    "Returns squared distances, less the square of the point [..., k]."
+    norms, rows = centers.square().sum(1), points.flatten(0, -2)
+    with full_precision(points.device): products = torch.addmm(norms, rows, centers.T, alpha=-2)
+    return products.view(*points.shape[:-1], len(centers))
+
+def argmin(
+    values,     # [..., k]
+) -> torch.Tensor:
+    "Returns the place of the smallest value along the last axis [...]."
+    if values.device.type != "cpu": return values.argmin(-1)
+    return torch.from_numpy(values.numpy().argmin(-1))   # 5 times faster than torch's on the CPU
+
+# %% ../nbs/02f_kmeans.ipynb #k004
+def assign_points(
     points,     # [n, d]
-    k:int,      # clusters
-    protocol,   # `library`, `n_init` and `max_iter` are read
-    seed:int,   # of the first centers
+    centers,    # of each restart [r, k, d]
+) -> torch.Tensor:
+    "Returns the nearest center of each point in each restart [r, n]."
+    restarts, k, _ = centers.shape
+    every, labels = centers.flatten(0, 1), []
+    for some in points.split(images_per_chunk(len(every), points.device)):
+        distances = distances_to(some, every).view(len(some), restarts, k)
+        labels.append(argmin(distances).T)
+    return torch.cat(labels, 1)
+
+# %% ../nbs/02f_kmeans.ipynb #k007
+class ClusterSums:
+    "Sums and sizes of the clusters of several restarts; only points that change their cluster are touched."
+    def __init__(self,
+        points,          # [n, d]
+        restarts:int,
+        k:int,           # clusters of each
+    ):
+        n, d = points.shape
+        exact = torch.float32 if points.device.type == "mps" else torch.float64   # MPS has no float64
+        self.points = points
+        self.labels = torch.full((restarts, n), k, device=points.device)   # of no cluster
+        self.sums = torch.zeros(restarts, k + 1, d, dtype=exact, device=points.device)
+        self.sizes = torch.zeros(restarts, k + 1, dtype=exact, device=points.device)
+
+    def move(self,
+        labels,          # the cluster of each point now [r, n]
+    ) -> bool:
+        "Takes the new clusters; returns whether any point changed its own."
+        moved, numbers = (labels != self.labels).nonzero(), 4 * self.points.shape[1]
+        for some in moved.split(images_per_chunk(numbers, labels.device)):
+            restart, point = some.unbind(1)
+            rows = self.points[point].to(self.sums)
+            for sign, of in ((1, labels), (-1, self.labels)):
+                add_rows(self.sums, self.sizes, (restart, of[restart, point]), rows, sign)
+        self.labels = labels
+        return len(moved) > 0
+
+def add_rows(
+    sums, sizes,   # of clusters [..., k, d] and [..., k]; changed in place
+    cluster,       # of each row: a tuple of indices [m]
+    rows,          # [m, d]
+    sign:int=1,    # -1 takes them away
+):
+    "Adds rows to the sums of their clusters, in a fixed order."
+    sums.index_put_(cluster, sign * rows, accumulate=True)
+    sizes.index_put_(cluster, torch.full_like(rows[:, 0], sign), accumulate=True)
+
+# %% ../nbs/02f_kmeans.ipynb #k009
+def fill_empty(
+    points,     # [n, d]
+    labels,     # cluster of each point [n]
+    centers,    # that they were nearest to [k, d]
+    sums,       # of the clusters [k, d]; changed in place
+    sizes,      # [k]; changed in place
+):
+    "Moves the points farthest from their centers to the clusters that have none."
+    distances = (points - centers[labels]).square().sum(1)
+    if not distances.any(): return
+    empty = (sizes == 0).nonzero()[:, 0]
+    far = distances.topk(len(empty)).indices
+    rows = points[far].to(sums)
+    add_rows(sums, sizes, (labels[far],), rows, sign=-1)
+    add_rows(sums, sizes, (empty,), rows)
+
+@patch
+def means(self:ClusterSums,
+    before,     # the centers that points were nearest to [r, k, d]
+) -> torch.Tensor:
+    "Returns the new centers [r, k, d]."
+    sums, sizes = self.sums[:, :-1].clone(), self.sizes[:, :-1].clone()
+    for i in (sizes == 0).any(1).nonzero()[:, 0].tolist():
+        fill_empty(self.points, self.labels[i], before[i], sums[i], sizes[i])
+    means = sums / sizes.clamp_min(1)[..., None]
+    largest = means[torch.arange(len(means)), sizes.argmax(1)]
+    return torch.where(sizes[..., None] > 0, means, largest[:, None]).to(before)
+
+# %% ../nbs/02f_kmeans.ipynb #k010
+def lloyd(
+    points,         # [n, d], around 0 where digits count
+    centers,        # that each restart begins with [r, k, d]
+    max_iter:int,   # iterations at most; they end when no point changes its cluster
+) -> tuple:
+    "Returns the centers of each restart [r, k, d], and the sum of squared distances to the nearest [r]."
+    clusters = ClusterSums(points, *centers.shape[:2])
+    for _ in range(max_iter):
+        if not clusters.move(assign_points(points, centers)): break
+        centers = clusters.means(centers)
+    labels = assign_points(points, centers)
+    inertia = [(points - c[l]).square().sum(1).mean() for c, l in zip(centers, labels)]
+    return centers, len(points) * torch.stack(inertia)
+
+# %% ../nbs/02f_kmeans.ipynb #k014
+def first_points(
+    n:int,         # points
+    k:int,         # clusters
+    n_init:int,    # restarts
+    seed:int,
+) -> torch.Tensor:
+    "Returns which points each restart begins with [n_init, k], as scikit-learn draws them for the seed."
+    rng, weights = np.random.RandomState(seed), np.full(n, 1 / n)
+    drawn = [rng.choice(n, k, replace=False, p=weights) for _ in range(n_init)]
+    return torch.from_numpy(np.stack(drawn))
+
+# %% ../nbs/02f_kmeans.ipynb #c027
+def settled_library(
+    library:str,    # "auto", "sklearn", "torch" or "faiss"
+    device="cpu",   # that K-means may run on
+) -> str:
+    "Returns the library that runs K-means: what was named, or the fastest on the device for \"auto\"."
+    if library != "auto": return library
+    return "sklearn" if torch.device(device).type == "cpu" else "torch"
+
+def kmeans_centers(
+    points,         # [n, d]
+    k:int,          # clusters
+    protocol,       # `library`, `n_init` and `max_iter` are read
+    seed:int,       # of the first centers
+    device="cpu",   # that does the work; scikit-learn and faiss work on the CPU
 ) -> torch.Tensor:
     "Returns the K-means centers [k, d]."
     if not 1 < k <= len(points): raise ValueError(f"k={k}: expected 2 to {len(points)}, the number of points")
-    run = dict(sklearn=_sklearn_centers, faiss=_faiss_centers)[protocol.library]
-    return run(points, k, protocol, seed)
+    library = settled_library(protocol.library, device)
+    if library == "torch": return _torch_centers(points.to(device), k, protocol, seed).to(points)
+    run = dict(sklearn=_sklearn_centers, faiss=_faiss_centers)[library]
+    return run(points.cpu(), k, protocol, seed).to(points)
+
+# %% ../nbs/02f_kmeans.ipynb #083024e1
+def _torch_centers(points, k, protocol, seed):
+    shift = points.mean(0)     # digits are for what differs
+    points = points - shift
+    starts = points[first_points(len(points), k, protocol.n_init, seed).to(points.device)]
+    at_once = 1 if points.device.type == "cpu" else len(starts)   # a CPU gains nothing by more
+    runs = [lloyd(points, some, protocol.max_iter) for some in starts.split(at_once)]
+    centers, inertia = map(torch.cat, zip(*runs))
+    return centers[inertia.argmin()] + shift
 
 def _sklearn_centers(points, k, protocol, seed):
     from sklearn.cluster import KMeans   # here, because it takes a while
     rounds = dict(n_init=protocol.n_init, max_iter=protocol.max_iter, tol=0)
     model = KMeans(k, init="random", random_state=seed, **rounds).fit(points.numpy())
-    return torch.from_numpy(model.cluster_centers_).to(points)
+    return torch.from_numpy(model.cluster_centers_)
 
-# %% ../nbs/02f_kmeans.ipynb #083024e1
+# %% ../nbs/02f_kmeans.ipynb #k017
 def _faiss_centers(points, k, protocol, seed):
     try: import faiss
     except ImportError as e:
@@ -185,17 +337,11 @@ def nearest_centers(
 ):
     "Yields label maps [m, height, width] over the images, a chunk at a time."
     centers = centers.to(device)
-    norms = centers.square().sum(1)
     units = math.prod(size if upsampled else maps.shape[1:3])
-    for chunk in maps.split(images_per_chunk(units * len(centers))):
-        tokens = chunk.to(device).flatten(0, 2)
-        distances = torch.addmm(norms, tokens, centers.T, alpha=-2).view(*chunk.shape[:3], -1)
-        if upsampled: yield _argmin(upsample(distances, size))
-        else: yield _nearest_cell(_argmin(distances), size)
+    for chunk in maps.split(images_per_chunk(units * len(centers), device)):
+        distances = distances_to(chunk.to(device), centers)
+        if upsampled: yield argmin(upsample(distances, size)).cpu()
+        else: yield _nearest_cell(argmin(distances), size).cpu()
 
 def _nearest_cell(labels, size):
     return F.interpolate(labels[:, None].float(), size=tuple(size), mode="nearest")[:, 0].long()
-
-def _argmin(a):
-    if a.device.type != "cpu": return a.argmin(-1).cpu()
-    return torch.from_numpy(a.numpy().argmin(-1))   # 5 times faster than torch's on the CPU

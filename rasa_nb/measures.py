@@ -29,6 +29,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 # %% ../nbs/02d_measures.ipynb #c005
+from .data import as_data
 from .reading import Reading
 from .patch_encoder import check_image_size
 from .moments import Moments, check_finite, position_targets, ridge_r2
@@ -215,6 +216,7 @@ def position_r2(
 ) -> PositionR2:
     "Returns how much of row and column a probe reads off tokens of images it was not fitted on."
     if probe not in PROBES: raise ValueError(f"probe={probe!r}: expected 'ridge' or 'mlp'")
+    data = as_data(data, masks=False)
     encoders, reading, grids = check_request(encoders, data, reading)
     probes = {name: PROBES[probe](grids[name], e.embed_dim) for name, e in encoders.items()}
     read_tokens(encoders, data, reading, lambda name, z: probes[name].update(z))
@@ -250,6 +252,7 @@ def layer_r2(
     norm:bool=True,    # apply the model's last norm to every block
 ) -> LayerR2:
     "Returns how much of row and column a ridge probe reads off the tokens of every block, in one pass."
+    data = as_data(data, masks=False)
     encoders, reading, grids = check_request(encoders, data, reading)
     chosen = {name: _at_blocks(name, e, layers, norm) for name, e in encoders.items()}
     probes = {name: {i: RidgeProbe(grids[name], e.embed_dim // len(e.layers)) for i in e.layers}
@@ -577,6 +580,7 @@ def position_report(
     max_tokens:int=100_000,   # to cluster, per encoder; of images spread over the data
 ) -> PositionReport:
     "Returns all measures of all encoders on augmented and upright images: two passes over the data."
+    data = as_data(data, masks=False)
     encoders, reading, grids = check_request(encoders, data, reading)
     if reading.augment == "none":
         raise ValueError("augment='none': the report has upright images beside augmented ones; "

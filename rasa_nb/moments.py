@@ -8,7 +8,7 @@ __all__ = ['position_targets', 'orthonormal_targets', 'Moments', 'sums_device', 
            'ridge_r2']
 
 # %% ../nbs/02_moments.ipynb #c003
-import copy, json, math, time
+import copy, json, math, time, warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,9 +18,11 @@ from fastcore.basics import patch
 from torch.utils.data import Subset
 
 # %% ../nbs/02_moments.ipynb #c004
+from .data import as_data
 from .reading import Reading, batches
-from .patch_encoder import check_image_size
-from .store import fitted_on, read_safetensors, write_safetensors
+from .patch_encoder import check_image_size, sparing
+from .store import (check_file, check_room, data_source, encoder_changes, fitted_on,
+                           read_safetensors, write_safetensors)
 
 # %% ../nbs/02_moments.ipynb #c008
 def position_targets(
@@ -69,14 +71,14 @@ class Moments:
         grid_size,           # (gh, gw)
         embed_dim:int,       # D
         n_groups:int=16,     # groups of images, each with sums of its own
-        apart:bool=False,    # whether a tenth of the images is summed once more by itself, in `apart`
+        apart:bool=False,    # whether to sum two twentieths of the images once more by themselves
     ):
         self.counts = torch.zeros(n_groups, dtype=torch.float64)
         self.shift = torch.zeros(embed_dim, dtype=torch.float64)
         self.cell_sums = torch.zeros(n_groups, *grid_size, embed_dim, dtype=torch.float64)
         self.second = torch.zeros(embed_dim, embed_dim, dtype=torch.float64)
         self.grid_size, self.points = tuple(grid_size), math.prod(grid_size)    # points: tokens of an image
-        self.apart = Moments(grid_size, embed_dim, n_groups) if apart else None
+        self.apart = [Moments(grid_size, embed_dim, n_groups) for _ in range(2 * apart)]
         self.source = {}     # what they were made of, see `describe_fit`
 
     @classmethod
@@ -131,10 +133,11 @@ def check_finite(
     if not finite.all(): raise ValueError(f"tokens of image {int(indices[~finite][0])} are not finite")
 
 def kept_apart(
-    indices,    # [B], which images these are
+    indices,     # [B], which images these are
+    part:int,    # 0 or 1
 ) -> torch.Tensor:
-    "Returns whether each is of the tenth that is kept apart, an equal share of each of 16 groups."
-    return (indices + indices // 16) % 10 == 9
+    "Returns whether each is of the first or second twentieth that is kept apart, a like share of each group."
+    return (indices + indices // 16) % 20 == 9 + 10 * part
 
 @patch
 def update(self:Moments,
@@ -149,8 +152,9 @@ def update(self:Moments,
     indices = torch.as_tensor(indices)
     check_finite(patch_tokens, indices)
     if len(patch_tokens): self._add(patch_tokens.detach(), indices % len(self.counts))
-    some = kept_apart(indices)
-    if self.apart is not None and some.any(): self.apart.update(patch_tokens[some], indices[some])
+    for part, moments in enumerate(self.apart):
+        some = kept_apart(indices, part)
+        moments.update(patch_tokens[some.to(patch_tokens.device)], indices[some])
     return self
 
 # %% ../nbs/02_moments.ipynb #m0000013
@@ -251,7 +255,7 @@ def mapped(self:Moments,
 ):
     "Returns the moments of the tokens `matrix @ z + offset[cell]`."
     moved, cells, second = copy.copy(self), self.cell_sums.cpu(), self.second.cpu()
-    if self.apart is not None: moved.apart = self.apart.mapped(matrix, offset)
+    moved.apart = [part.mapped(matrix, offset) for part in self.apart]
     new = self.shift.expand(*self.grid_size, -1)
     if matrix is not None: cells, second, new = cells @ matrix.T, matrix @ second @ matrix.T, new @ matrix.T
     if offset is not None: new = new + offset
@@ -272,15 +276,16 @@ def __add__(self:Moments, other):
     "Returns the moments of both; raises for another grid, dimension, number of groups or encoder."
     if self.cell_sums.shape != other.cell_sums.shape:
         raise ValueError(f"{self} and {other} do not add up: another grid, dimension or number of groups")
-    mine, theirs = self.source.get("encoder_hash"), other.source.get("encoder_hash")
-    if mine and theirs and mine != theirs:
+    known = "encoder_hash" in self.source and "encoder_hash" in other.source
+    if known and encoder_changes(self.source, other.source):
         names = f"{self.source.get('encoder')!r} and of {other.source.get('encoder')!r}"
         raise ValueError(f"moments of {names} do not add up: two encoders")
     both = self.mapped(shift=self.shift if self.count else other.shift)
     other = other.mapped(shift=both.shift)
     for name in _sums: setattr(both, name, getattr(both, name) + getattr(other, name))
-    both.apart = self.apart + other.apart if self.apart is not None and other.apart is not None else None
+    both.apart = [mine + theirs for mine, theirs in zip(self.apart, other.apart)]
     differs = {k: [self.source.get(k), v] for k, v in other.source.items() if v != self.source.get(k)}
+    differs.pop("probe", None)   # its last digits
     both.source = self.source | differs
     return both
 
@@ -288,9 +293,11 @@ def __add__(self:Moments, other):
 @patch(as_prop=True)
 def rest(self:Moments):
     "The moments without the images that were kept apart."
-    rest, apart = self.mapped(shift=self.shift), self.apart.mapped(shift=self.shift)
-    for name in _sums: setattr(rest, name, getattr(rest, name) - getattr(apart, name))
-    rest.apart = None
+    rest = self.mapped(shift=self.shift)
+    for part in rest.apart:
+        part = part.mapped(shift=rest.shift)
+        for name in _sums: setattr(rest, name, getattr(rest, name) - getattr(part, name))
+    rest.apart = []
     return rest
 
 # %% ../nbs/02_moments.ipynb #c025
@@ -301,18 +308,20 @@ def collect_moments(
     moments_file=None,   # sums are saved here every half minute; an interrupted pass goes on from them
 ) -> Moments:
     "Returns the moments of the tokens of all images, augmented."
+    data = as_data(data, masks=False)
     reading = Reading.of(reading, size=encoder.image_size, augment="published", seed=0)
     moments, mine, file = _begin(encoder, data, reading, moments_file)
-    shown, saved = Subset(reading.apply(data), mine), time.monotonic()
+    shown, encode, saved = Subset(reading.apply(data), mine), sparing(encoder), time.monotonic()
     try:
-        for images, _ in batches(shown, reading, "fit") if mine else ():
-            moments.update(encoder(images), mine[:len(images)])
+        for images, _ in batches(shown, reading, "fit", encoder.device) if mine else ():
+            moments.update(encode(images), mine[:len(images)])
             mine = mine[len(images):]
             if file and time.monotonic() - saved > 30:
                 moments.save(file)
                 saved = time.monotonic()
     finally:
         if file and moments.count: moments.save(file)
+    if not file: moments.source = describe_fit(encoder, data, reading)   # files are hashed as they are read
     return moments.all_reduce()
 
 # %% ../nbs/02_moments.ipynb #m000000b
@@ -320,15 +329,25 @@ def _begin(encoder, data, reading, moments_file):
     "Returns moments so far, the images that this process has still to see, and its file."
     rank, world = this_process()
     file = moments_file and Path(f"{moments_file}.{rank}of{world}" if world > 1 else moments_file)
-    source = describe_fit(encoder, data, reading)
-    if file and file.exists(): moments = _resume(file, source)
-    else: moments = Moments(check_image_size(reading.size, encoder.patch_size), encoder.embed_dim, apart=True)
+    if file: check_file(file, "moments_file")
+    source = describe_fit(encoder, data, reading) if file else {}
+    if file: source["data"] = data_source(data, masks=False, load=True)
+    moments = _resume(file, source) if file and file.exists() else None
+    grid_size = check_image_size(reading.size, encoder.patch_size)
+    if not moments: moments = Moments(grid_size, encoder.embed_dim, apart=True)
+    if file: check_room(file.absolute().parent, sum(getattr(moments, name).nbytes for name in _sums))
     moments.source = source
     return moments, range(rank, len(data), world)[moments.count:], file
 
 def _resume(file, source):
+    "The sums in a file; None, and a word, where an earlier version did not note which images they are of."
     moments = Moments.load(file)
-    if moments.source == source: return moments
+    then, now = ({n: v for n, v in told.items() if n != "probe"} for told in (moments.source, source))
+    if then == now and not encoder_changes(moments.source, source): return moments
+    old = "content" not in then.get("data", {})
+    if old and then == now | dict(data=then.get("data")):
+        warnings.warn(f"{file} does not say which images its sums are of: they are made anew", stacklevel=5)
+        return None
     what = f"moments of {moments.source}, not of {source}"
     raise ValueError(f"{file} holds {what}: remove it, or name another file")
 
@@ -346,8 +365,9 @@ def describe_fit(
 @patch
 def save(self:Moments, path):
     "Writes the sums to a safetensors file, whole or not at all."
-    def sums(moments, before=""): return {before + name: getattr(moments, name) for name in (*_sums, "shift")}
-    tensors = sums(self) if self.apart is None else sums(self) | sums(self.apart, "apart_")
+    all_sums = {"": self} | {f"apart_{part}.": moments for part, moments in enumerate(self.apart)}
+    names = (*_sums, "shift")
+    tensors = {of + name: getattr(moments, name) for of, moments in all_sums.items() for name in names}
     write_safetensors(path, tensors, "rasa_nb.moments.2", self.source)
 
 @patch(cls_method=True)
@@ -355,10 +375,11 @@ def load(cls:Moments, path):
     "Returns the sums that `save` wrote, in this version or an earlier one."
     tensors, source = _read_any(path)
     groups, *grid_size, embed_dim = tensors["cell_sums"].shape
-    self = cls(grid_size, embed_dim, groups, apart="apart_second" in tensors)
+    self = cls(grid_size, embed_dim, groups, apart="apart_0.second" in tensors)
     self.source = source
     for name, tensor in tensors.items():
-        setattr(self.apart if name.startswith("apart_") else self, name.removeprefix("apart_"), tensor)
+        *part, name = name.split(".")
+        setattr(self.apart[int(part[0][-1])] if part else self, name, tensor)
     return self
 
 def _read_any(path):
@@ -383,7 +404,7 @@ def all_reduce(self:Moments):
     moved = self.mapped(shift=shift)
     for name in _sums: setattr(self, name, _total(getattr(moved, name)))
     self.shift = moved.shift
-    if self.apart is not None: self.apart.all_reduce()
+    for part in self.apart: part.all_reduce()
     return self
 
 def _total(tensor):

@@ -19,6 +19,7 @@ from scipy.sparse.linalg import svds
 from sklearn.base import BaseEstimator, clone
 
 # %% ../nbs/02b_rasa.ipynb #c004
+from .data import as_data
 from .reading import Reading
 from .patch_encoder import check_image_size
 from .store import read_safetensors, token_store, write_safetensors
@@ -220,23 +221,23 @@ def solve_again(self:PositionRemover, moments):
 @patch
 def left_apart(self:PositionRemover, moments):
     "Returns the R² of row or column, the larger, on images kept apart; None without. Warns above 0.1."
-    apart = moments.apart
-    if apart is None or apart.count < 4: return None
-    rest, coords = moments.rest, position_targets(moments.grid_size)
-    if rest.count < images_needed(moments.embed_dim, moments.grid_size): return None
-    projector, offset = self.solve_again(rest)
+    need = images_needed(moments.embed_dim, moments.grid_size)
+    if not moments.apart or min(part.count for part in moments.apart) < need: return None
+    projector, offset = self.solve_again(moments.rest)
     projector = projector.double()
     if offset is not None: offset = -offset.double() @ projector.T
-    rest, apart = (sums.mapped(projector, offset) for sums in (rest, apart))
-    if not rest.scale.any(): return 0.     # nothing at all is left
-    r2 = ridge_r2(rest, apart, coords)
+    one, other = [part.mapped(projector, offset) for part in moments.apart]
+    if not (one.scale.any() and other.scale.any()): return 0.     # nothing at all is left
+    coords = position_targets(moments.grid_size)
+    both_ways = [ridge_r2(*ways, coords, ridge=.1) for ways in ((one, other), (other, one))]   # they are few
+    r2 = torch.stack(both_ways).mean(0)
     left = float(r2[~r2.isnan()].max())
-    if left > .1: self._warn_of_left(left, apart.count)
+    if left > .1: self._warn_of_left(left)
     return left
 
 @patch
-def _warn_of_left(self:PositionRemover, left, images):
-    found = f"a linear probe still reads row or column, R² {left:.2f}, off {images} images kept apart"
+def _warn_of_left(self:PositionRemover, left):
+    found = f"a linear probe still reads row or column off images that were kept apart, R² {left:.2f}"
     cure = "more images, or richer targets, remove more"
     warnings.warn(f"{type(self).__name__}: {found}; {cure}", stacklevel=5)
 
@@ -384,15 +385,16 @@ def fit_together(
     reading=None,      # a `Reading`, or a size in pixels; None: as in `collect_moments`
 ) -> dict:
     "Fits every method from one pass over the images, augmented; returns name -> debiased encoder."
-    seed = _shared_seed(removers, reading)
+    data, seed = as_data(data, masks=False), _shared_seed(removers, reading)
     reading = Reading.of(reading, size=encoder.image_size, augment="published", seed=seed)
     moments = Moments(check_image_size(reading.size, encoder.patch_size), encoder.embed_dim, apart=True)
-    moments.source, tokens = describe_fit(encoder, data, reading), None
+    tokens = None
     if any(r.needs == "tokens" for r in removers.values()):
         tokens = token_store((len(data), *moments.grid_size, moments.embed_dim))
     for z, _ in encoder.encode(reading.apply(data), reading, "fit"):
         if tokens is not None: tokens[moments.count:moments.count + len(z)] = z.cpu()
         moments.update(z)
+    moments.source = describe_fit(encoder, data, reading)   # files are hashed as they are read
     for remover in removers.values():
         if remover.needs == "moments": remover.fit_moments(moments)
         elif remover.needs == "tokens": remover.fit_tokens(tokens, moments.source)

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from scipy import stats
 
 # %% ../nbs/04_report.ipynb #c007
-from .store import atomic
+from .store import check_folder, figure_bytes, write_whole
 from .matching import FRANCA, LEOPART, Protocol
 
 # %% ../nbs/04_report.ipynb #c011
@@ -49,12 +49,15 @@ def _records_at(path):
     if path.name.startswith(".unfinished-"):
         raise ValueError("unfinished: the run was stopped while it was saved")
     if path.name.startswith("."): return []
-    if path.is_dir(): return [_read_record(path / "run.json")]
+    if path.is_dir():
+        below = 0 if (path / "run.json").exists() else len(list(path.glob("*/run.json")))
+        if below: raise ValueError(f"no run, but a folder of {below}: read it by itself")
+        return [_read_record(path / "run.json")]
     record = _read_record(path) if path.suffix == ".json" else None
     return [record] if record else []
 
 def _json(path):
-    try: found = json.loads(path.read_text())
+    try: found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as e: raise ValueError("holds no run.json: unfinished, or no run") from e
     except (OSError, ValueError) as e: raise ValueError(f"cannot be read: {e}") from e
     return found if isinstance(found, dict) else {}
@@ -443,14 +446,11 @@ def _draw(setting, left, right, color, shift):
 def save(self:Report, folder):
     "Writes report.md, report.html, report.tex and report.png and returns the folder."
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    check_folder(folder)
     page = f"<!doctype html><meta charset='utf-8'><title>Report</title>{self.to_html()}"
-    (folder / "report.md").write_text(self.to_markdown())
-    (folder / "report.html").write_text(page)
-    (folder / "report.tex").write_text(self.to_latex())
-    if self.settings:
-        fig = self.figure()
-        fig.savefig(folder / "report.png", dpi=120)
+    files = {"report.md": self.to_markdown(), "report.html": page, "report.tex": self.to_latex()}
+    if self.settings: files["report.png"] = figure_bytes(self.figure(), dpi=120)
+    for name, content in files.items(): write_whole(folder / name, content)
     return folder
 
 def keep_record(
@@ -464,6 +464,16 @@ def keep_record(
     parameters = record["parameters"]
     for place in ("checkpoint", "data_dir", "out_dir", "moments_file", "cache_dir"):
         if parameters.get(place): parameters[place] = Path(parameters[place]).name
+    model = parameters["model"]
+    if _is_path(model): record = _renamed(record, model, Path(model).name)
     path = Path(folder) / f"{name or run.name}.json"
-    with atomic(path) as part: part.write_text(json.dumps(record, indent=1))
+    write_whole(path, json.dumps(record, indent=1))
     return path
+
+def _is_path(model): return Path(model).is_absolute() or model.startswith((".", "~")) or model.count("/") > 1
+
+def _renamed(values, old, new):
+    "Plain values with every text `old` as `new`."
+    if isinstance(values, dict): return {name: _renamed(value, old, new) for name, value in values.items()}
+    if isinstance(values, list): return [_renamed(value, old, new) for value in values]
+    return new if values == old else values

@@ -187,7 +187,10 @@ class Scenes(SegmentationData):
 
     def __len__(self): return self.n
     def label(self, i): return f"Scenes({self.split!r}) item {i}"
-    def describe(self): return {**super().describe(), "seed": self.seed, "size": self.size, "tie": self.tie}
+    def about(self): return {**super().about(), "seed": self.seed, "size": self.size, "tie": self.tie}
+
+    def item_content(self, i, masks):
+        return f"scenes 1 {self.split} {self.seed} {self.size} {self.tie} {i}"   # 1: of drawing
 
 # %% ../nbs/00a_scenes.ipynb #a609aacc
 @patch

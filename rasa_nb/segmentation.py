@@ -24,13 +24,14 @@ from scipy.sparse import csr_array
 from torch.utils.data import Subset
 
 # %% ../nbs/02h_segmentation.ipynb #i002
+from .data import as_data
 from .reading import Evaluation, Reading, Transformed, progress_bar
 from .patch_encoder import check_image_size
-from .store import atomic, fingerprint, token_store
+from .store import atomic, check_folder, data_source, fingerprint, token_store
 from .moments import Moments, this_process
 from .head import encode_together, unwrap
 from .kmeans import (draw_points, images_per_chunk, kmeans_centers, nearest_centers, new_moments,
-                            reduce_tokens)
+                            reduce_tokens, settled_library)
 from .matching import (LEOPART, Protocol, class_iou, match_clusters, merge_clusters,
                               paired_interval)
 from .yardstick import (Counts, bootstrap_interval, cluster_cells, cluster_per_image,
@@ -52,8 +53,7 @@ def overcluster(
 ):
     """Returns the mIoU of every encoder for every k and seed.
     Images are scored at the data's `native_size`; else at the reading's size, else at the protocol's."""
-    if data.num_classes is None: raise ValueError(f"{data.name} has no masks to score against")
-    reading = Reading.of(reading)
+    data, reading = as_data(data, masks=True), Reading.of(reading)
     if not isinstance(encoders, dict): encoders = {encoders.name: encoders}
     if protocol.images: data = data.first(protocol.images)
     size = data.native_size or reading.size or protocol.image_size
@@ -62,11 +62,13 @@ def overcluster(
     protocol = settle_library(protocol, next(iter(encoders.values())).device)
     groups = number_groups(getattr(data, "groups", None), len(data))
     examples = tuple(i for i in examples if i < len(data))
+    if folder: check_folder(folder, "folder")
     files = run_files(folder, encoders, data, protocol, examples)
     runs = read_runs(files)
     missing = {key: path for key, path in files.items() if key not in runs}
     if missing: runs |= make_runs(encoders, data, missing, protocol, reading, store, examples)
-    about, shown = dict(data.describe(), ignore_index=data.ignore_index), [data[i] for i in examples]
+    about = data_source(data, masks=True) | dict(ignore_index=data.ignore_index)
+    shown = [data[i] for i in examples]
     scored, cells = ([runs[key] for key in files if (key[0] in encoders) == kind] for kind in (True, False))
     classes = tuple(data.classes)
     return OverclusterResult(scored, protocol, about, classes, shown, data.native_size, cells, groups)
@@ -77,8 +79,7 @@ def settle_library(
     device,     # of the encoder
 ) -> Protocol:
     "Returns the protocol with the library that runs K-means on a device."
-    if protocol.library != "auto": return protocol
-    return protocol.replace(library="sklearn" if torch.device(device).type == "cpu" else "torch")
+    return protocol.replace(library=settled_library(protocol.library, device))
 
 # %% ../nbs/02h_segmentation.ipynb #xfe75feb
 STORES = dict(float32=4, float16=2, memmap=0)   # bytes of memory for each number; memmap: 16-bit, in a file
@@ -204,11 +205,12 @@ def gather(value) -> list:
 
 # %% ../nbs/02h_segmentation.ipynb #share003
 def each_centers(
-    maps,        # reduced tokens of this process's images [n, gh, gw, d]
-    wanted,      # pairs (k, seed)
+    maps,           # reduced tokens of this process's images [n, gh, gw, d]
+    wanted,         # pairs (k, seed)
     protocol,
-    size,        # (height, width) of the masks
-    share,       # `Share` of this process
+    size,           # (height, width) of the masks
+    share,          # `Share` of this process
+    device="cpu",   # that runs K-means, where the library can
 ):
     "Yields the K-means centers [k, d] of each k and seed, in order; processes find as many at a time."
     upsampled, images = size if protocol.upsample else None, (share.images.start, share.total)
@@ -218,7 +220,8 @@ def each_centers(
             number = k * protocol.points_per_centroid
             points = torch.cat(gather(draw_points(maps, number, seed, upsampled, images)))
             if i == share.rank: mine = points, k, seed
-        yield from gather(mine and kmeans_centers(mine[0], mine[1], protocol, mine[2]))[:len(some)]
+        found = mine and kmeans_centers(mine[0], mine[1], protocol, mine[2], device)
+        yield from gather(found)[:len(some)]
 
 # %% ../nbs/02h_segmentation.ipynb #runc036
 def cluster_runs(
@@ -228,7 +231,7 @@ def cluster_runs(
     protocol, num_classes:int, ignore_index:int=255,
     encoder:str="",   # its name
     examples=(),      # images whose cluster maps are kept
-    device="cpu",     # that assigns pixels to centers
+    device="cpu",     # that runs K-means and assigns pixels to centers
     share=None,       # `Share` of the images that this process has; None: it has all
 ):
     "Yields the `Run` of each k and seed over a split, in order."
@@ -236,7 +239,8 @@ def cluster_runs(
     size, grid = tuple(masks.shape[1:]), maps.shape[1:3]
     shown = [i for i in examples if i in share.images]
     shown_maps = maps[[i - share.images.start for i in shown]]
-    for (k, seed), centers in zip(wanted, each_centers(maps, wanted, protocol, size, share)):
+    found = each_centers(maps, wanted, protocol, size, share, device)
+    for (k, seed), centers in zip(wanted, found):
         parts = nearest_centers(maps, centers, size, protocol.upsample, device)
         counted = count_maps(parts, masks, k, grid, num_classes, ignore_index)
         labels = label_maps(shown_maps, centers, size, protocol.upsample, device)
@@ -342,7 +346,8 @@ def run_files(
     "Returns {(encoder, k, seed): path, or None} for every run that is asked for, in order; cells come last."
     read_later = ("name", "k", "seeds", "matching", "folds", "fold_seed", "draws")   # counts stay the same
     knobs = {name: value for name, value in asdict(protocol).items() if name not in read_later}
-    about = ["counts of each image", knobs, data.describe(), data.ignore_index, list(data.classes)]
+    source = data_source(data, masks=True, load=True) if folder else None
+    about = ["counts of each image", knobs, source, data.ignore_index, list(data.classes)]
     files = {}
     for name, encoder in encoders.items():
         stem = _hash([fingerprint(encoder), *about, list(examples)]) if folder else None
@@ -364,7 +369,8 @@ def write_run(run, path):
     "Writes a run's counts and maps, whole or not at all."
     rows = run.counts.matrix
     sparse = dict(data=rows.data, indices=rows.indices, indptr=rows.indptr, shape=run.counts.shape)
-    with atomic(path) as part, open(part, "wb") as file:
+    needed = run.labels.nbytes + sum(array.nbytes for array in (rows.data, rows.indices, rows.indptr))
+    with atomic(path, needed) as part, open(part, "wb") as file:
         np.savez_compressed(file, **sparse, labels=run.labels, nmi=(run.nmi_image, run.nmi_cell))
 
 def read_run(path, encoder, k, seed) -> Run:

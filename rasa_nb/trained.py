@@ -6,26 +6,28 @@
 __all__ = ['train_head', 'TrainedRASA', 'leak_of', 'load_released_head']
 
 # %% ../nbs/02c_trained.ipynb #c003
-import argparse, math, pickle, re, warnings
+import math, re, warnings
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Subset
 
 # %% ../nbs/02c_trained.ipynb #c004
+from .data import as_data
 from .reading import Reading, batches
-from .patch_encoder import check_image_size
-from .store import collect_tokens
+from .patch_encoder import check_image_size, sparing
+from .checkpoints import read_file
+from .store import check_folder, collect_tokens
 from .moments import check_finite, describe_fit, position_targets
 from .head import RASAHead
 from .rasa import PositionRemover, check_enough, complement
 
 # %% ../nbs/02c_trained.ipynb #c014x001
+@torch.inference_mode(False)
+@torch.enable_grad()   # also where the caller has switched gradients off
 def train_head(
     epochs,          # for each epoch its batches of tokens [b, N, D]
     y,               # targets in [0, 1], [N, T]
@@ -35,13 +37,14 @@ def train_head(
     generator=None,  # of the initial weights
 ):
     "Returns the weights [T, D] of a linear head, trained by AdamW, and the loss of every step."
+    y, projector = _trainable(y), _trainable(projector)
     weight = torch.empty(y.shape[-1], len(projector))
     weight = nn.init.kaiming_uniform_(weight, a=5**.5, generator=generator).requires_grad_()
     optimizer = torch.optim.AdamW([weight], lr, weight_decay=0)
     schedule, losses = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps), []
     for tokens in epochs:
         for z in tokens:
-            told = torch.sigmoid(z.to(weight) @ (weight @ projector).T)
+            told = torch.sigmoid(_trainable(z).to(weight) @ (weight @ projector).T)
             loss = F.mse_loss(told, y.expand(len(z), -1, -1))
             optimizer.zero_grad()
             loss.backward()
@@ -49,6 +52,10 @@ def train_head(
             schedule.step()
             losses.append(loss.item())
     return weight.detach(), losses
+
+def _trainable(x):
+    "A tensor that gradients may pass; those made under inference mode are copied."
+    return x.clone() if x.is_inference() else x
 
 # %% ../nbs/02c_trained.ipynb #c022
 class TrainedRASA(PositionRemover):
@@ -125,6 +132,8 @@ def fit(self:TrainedRASA,
     folder=None,      # for a 16-bit file of tokens that may be larger than memory; None: in memory
 ):
     "Learns from images encoded once, augmented (with `reaugment` n_heads * epochs times), and returns self."
+    data = as_data(data, masks=False)
+    if folder: check_folder(folder, "folder")
     reading = Reading.of(reading, size=encoder.image_size, augment="published", seed=self.random_state)
     source, shown = describe_fit(encoder, data, reading), reading.apply(data)
     if not self.reaugment:
@@ -159,13 +168,15 @@ def _check_tokens(patch_tokens):
 @patch
 def _encoded_anew(self:TrainedRASA, encoder, data, reading):
     "Returns a function from an epoch to batches of tokens [b, N, D], augmented anew, in a new order."
+    encode = sparing(encoder)
     def epoch_tokens(epoch):
         seed = reading.seed + epoch
         how = reading.replace(seed=seed, batch_size=self.batch_size)
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
         shown = Subset(how.apply(data), order.tolist())
-        for (images, _), indices in zip(batches(shown, how, f"epoch {epoch}"), order.split(self.batch_size)):
-            tokens = encoder(images)
+        read = batches(shown, how, f"epoch {epoch}", encoder.device)
+        for (images, _), indices in zip(read, order.split(self.batch_size)):
+            tokens = encode(images)
             check_finite(tokens, indices)
             yield tokens.flatten(1, 2).cpu()
     return epoch_tokens
@@ -221,15 +232,7 @@ def _warn_of_leak(source, heads, directions, removed, leak, **_):
 # %% ../nbs/02c_trained.ipynb #x03ded65
 def _read_tensors(path):
     "All tensors of a file by dotted name, however deep its dictionaries are."
-    path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"no checkpoint at {path}")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            if path.suffix == ".safetensors": return load_file(path)
-            return dict(_flatten(torch.load(path, map_location="cpu", weights_only=True)))
-    except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError, OSError) as e:
-        why = (str(e) or type(e).__name__).splitlines()[0]
-        raise ValueError(f"{path} cannot be read as weights, is it whole? ({why})") from e
+    return dict(_flatten(read_file(path)))
 
 def _flatten(state, prefix=""):
     if not isinstance(state, dict): return

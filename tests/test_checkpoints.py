@@ -1,6 +1,13 @@
 """Weight files in the formats that are published: read without running code, loaded whole or refused."""
+import bz2
+import gzip
+import io
+import lzma
 import re
 import sys
+import tarfile
+import warnings
+import zipfile
 from argparse import Namespace
 
 import pytest
@@ -9,8 +16,10 @@ from safetensors.torch import save_file
 from toy_vits import SMALL, assert_close, of_timm, of_transformers, randomize
 
 from rasa_nb import encoders
-from rasa_nb.checkpoints import find_encoder, load_strictly, read_checkpoint, to_timm
+from rasa_nb.checkpoints import choose_weights, find_encoder, load_strictly, read_checkpoint, read_file, to_timm
 from rasa_nb.encoders import ALIASES, create_vit, from_timm, load_encoder
+from rasa_nb.store import fingerprint, fitted_on
+from rasa_nb.trained import load_released_head
 
 
 def load(name, file, **options): return load_encoder(name, checkpoint=file, device="cpu", **options)
@@ -52,7 +61,7 @@ def dinov3_by_transformers(state):
         for i, part in zip("qkv", v.chunk(3)) if "qkv" in k else [("", v)]:
             own[k.replace("attn.qkv", f"attention.{i}_proj")] = part
     model.load_state_dict({k: v for k, v in own.items() if not k.endswith("k_proj.bias")})
-    return load_encoder(model, device="cpu")
+    return load_encoder(model, device="cpu", mean=(.485, .456, .406), std=(.229, .224, .225))
 
 
 @pytest.mark.parametrize("size", [(64, 64), (48, 112)])
@@ -111,9 +120,10 @@ def test_dino_full_checkpoint_gives_the_teacher(tmp_path):
     student = {f"module.backbone.{k}": v for k, v in student.state_dict().items()}
     full = dict(teacher=teacher, student=student, epoch=100, args=Namespace(arch="vit_small"))
     torch.save(full, tmp_path / "dino.pth")
-    encoder, images = load("dino_vits16", tmp_path / "dino.pth", **SMALL), torch.rand(1, 3, 64, 128)
+    with pytest.warns(UserWarning, match="averaged weights beside raw ones .* are taken, 'teacher.backbone'"):
+        encoder, images = load("dino_vits16", tmp_path / "dino.pth", **SMALL), torch.rand(1, 3, 64, 128)
     assert_close(encoder(images), from_timm(model)(images), 1e-4)
-    assert encoder.resampling == "offset"
+    assert encoder.resampling == "offset" and encoder.origin == "dino.pth (teacher.backbone)"
 
 
 def test_lightning_state_dict(tmp_path):
@@ -169,7 +179,8 @@ def test_transformers_file_in_timm(tmp_path, kind, how):
     if how == "save_pretrained": model.save_pretrained(tmp_path)
     else: save_file({k: v.contiguous() for k, v in model.state_dict().items()}, file)
     stats = dict(mean=(.4, .5, .6), std=(.2, .3, .2))
-    ours, theirs = load(alias, file, **SMALL, **stats), load_encoder(model, device="cpu", **stats)
+    ours = load(alias, file, **SMALL, **stats)
+    theirs = load_encoder(model, device="cpu", resampling=ours.resampling or "library", **stats)
     side, p = model.config.image_size, model.config.patch_size
     sizes = [(side, side), (3 * p, 7 * p)]
     if kind == "CLIPVision": sizes = sizes[:1]   # at others nothing is official: each library has its way
@@ -178,7 +189,142 @@ def test_transformers_file_in_timm(tmp_path, kind, how):
         for layer in (1, -1): assert_close(ours.at(layer)(images), theirs.at(layer)(images), 1e-4)
 
 
+# Which weights of a file
+
+def under(prefix, state): return {f"{prefix}{k}": v for k, v in state.items()}
+
+
+SETS = {   # how people save two sets of weights: the file of an average and of raw weights, and their names
+    "DeiT, MAE": (lambda ema, raw: dict(model=raw, model_ema=ema, optimizer=dict(state={0: raw})), "model_ema", "model"),
+    "timm": (lambda ema, raw: dict(state_dict=raw, state_dict_ema=ema, epoch=3), "state_dict_ema", "state_dict"),
+    "I-JEPA": (lambda ema, raw: dict(encoder=under("module.", raw), target_encoder=under("module.", ema)),
+               "target_encoder.module", "encoder.module"),
+    "Lightning": (lambda ema, raw: dict(state_dict=under("net.", raw) | under("ema_model.module.", ema)),
+                  "state_dict.ema_model.module", "state_dict.net"),
+    "MoCo": (lambda ema, raw: dict(state_dict=under("module.base_encoder.", raw)
+                                   | under("module.momentum_encoder.", ema)),
+             "state_dict.module.momentum_encoder", "state_dict.module.base_encoder"),
+    "one within the other": (lambda ema, raw: raw | under("ema_model.", ema), "ema_model", "")}
+
+@pytest.mark.parametrize("what", SETS)
+def test_the_average_is_taken_and_said_and_any_can_be_chosen(tmp_path, what):
+    pack, average, raw = SETS[what]
+    models = [of_timm("vit_tiny_patch16_224", img_size=32), randomize(of_timm("vit_tiny_patch16_224", img_size=32), 9)]
+    torch.save(pack(*(m.state_dict() for m in models)), tmp_path / "w.pth")
+    images = torch.rand(1, 3, 32, 32)
+    def tokens(weights): return load("vit_tiny_patch16_224", tmp_path / "w.pth", weights=weights, **SMALL)
+    with pytest.warns(UserWarning, match=f"averaged weights beside raw ones .* are taken, '{average}'.*weights='raw'"):
+        taken = tokens(None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        chosen = {w: tokens(w) for w in ("ema", average, "raw")}
+    assert [e.origin for e in chosen.values()][:2] == [taken.origin, f"w.pth ({average})"]
+    expected = [from_timm(m)(images) for m in models]
+    for encoder in (taken, chosen["ema"], chosen[average]): assert_close(encoder(images), expected[0], 1e-6)
+    assert_close(chosen["raw"](images), expected[1], 1e-6)
+    assert chosen["raw"].origin == (f"w.pth ({raw})" if raw else "w.pth") and average in repr(taken)
+    with pytest.raises(ValueError, match="holds no weights='swa'; its ViTs are under"): tokens("swa")
+
+
+def test_two_averages_are_a_question(tmp_path):
+    state = of_timm("vit_tiny_patch16_224", img_size=32).state_dict()
+    torch.save(dict(model=state, model_ema=state, model_ema_best=state), tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="2 ViTs in .*, under 'model_ema', 'model_ema_best': say which"):
+        load("vit_tiny_patch16_224", tmp_path / "w.pth", **SMALL)
+    best = load("vit_tiny_patch16_224", tmp_path / "w.pth", weights="model_ema_best", **SMALL)
+    assert best.origin == "w.pth (model_ema_best)"
+
+
+def test_names_that_only_look_like_an_average_are_none():
+    for names in (["schema.model", "other"], ["cinema", "other"]):
+        with pytest.raises(ValueError, match="2 ViTs"): choose_weights(names)
+
+
+@pytest.mark.parametrize("size", [(70, 70), 112])
+def test_a_file_with_a_size_of_ones_own(tmp_path, size):
+    "The position embedding of the file is kept, and resampled officially."
+    model = of_timm("vit_small_patch14_dinov2", img_size=98)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    encoder = load("dinov2_vits", tmp_path / "w.safetensors", img_size=size, **SMALL)
+    side = size if isinstance(size, int) else size[0]
+    images = torch.rand(1, 3, side, side)
+    assert torch.equal(encoder.model.pos_embed, model.pos_embed) and encoder.image_size == side
+    assert_close(encoder(images), from_timm(model)(images), 1e-6)
+    tiny = load_encoder("tiny", device="cpu", img_size=48)
+    assert tiny.image_size == 48
+    with pytest.raises(ValueError, match="no multiple of the patch size"):
+        load("dinov2_vits", tmp_path / "w.safetensors", img_size=100, **SMALL)
+
+
+def test_a_family_of_one_size_is_made_for_it(tmp_path):
+    model = of_timm("beit_base_patch16_224", img_size=64)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    encoder = load("beit_base_patch16_224", tmp_path / "w.safetensors", img_size=64, **SMALL)
+    images = torch.rand(1, 3, 64, 64)
+    assert_close(encoder(images), from_timm(model)(images), 1e-6)
+
+
 # What is no checkpoint
+
+def zipped(names):
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for name in names: archive.writestr(name, b"0")
+    return content.getvalue()
+
+
+def tarred():
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as archive: archive.addfile(tarfile.TarInfo("w.pth"))
+    return content.getvalue()
+
+
+def saved():
+    content = io.BytesIO()
+    torch.save({"w": torch.ones(9)}, content)
+    return content.getvalue()
+
+
+OTHER_FILES = {
+    "nothing": (b"", "is empty, 0 bytes"),
+    "HTML": (b"\n<!DOCTYPE html><html><title>Sign in</title>", r"is a web page \(HTML\), not weights"),
+    "HTML behind a byte order mark": (b"\xef\xbb\xbf<HTML lang='en'>", "is a web page"),
+    "XML": (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "is XML, perhaps an answer of a server"),
+    "a pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d", "pointer of Git LFS .*git lfs pull"),
+    "gzip": (gzip.compress(b"weights"), "is compressed by gzip, not weights: unpack it with `gunzip`"),
+    "bzip2": (bz2.compress(b"weights"), "is compressed by bzip2"), "xz": (lzma.compress(b"weights"), "by xz"),
+    "tar": (tarred(), "is a tar archive"), "NumPy": (b"\x93NUMPY\x01\x00", "is a NumPy array"),
+    "npz": (zipped(["a.npy", "b.npy"]), r"is NumPy arrays \(.npz\)"), "HDF5": (b"\x89HDF\r\n", "is an HDF5 file"),
+    "a zip of weights": (zipped(["w.pth", "README"]), r"is a zip archive of 2 files \(w.pth, README\)"),
+    "an empty zip": (zipped([]), "no file of safetensors or `torch.save`"),
+    "TorchScript": (zipped(["m/data.pkl", "m/constants.pkl", "m/code/m.py"]), "is a program of TorchScript"),
+    "JSON": (b'{"metadata": {}, "weight_map": {}}', "is JSON, not weights"), "PNG": (b"\x89PNG\r\n", "a PNG image"),
+    "JPEG": (b"\xff\xd8\xff\xe0", "a JPEG image"), "text": (b"not weights", "is no file of safetensors or"),
+    "zeros": (bytes(4096), "is no file of safetensors or"),
+    "torch.save cut short": (saved()[:300], "is a zip file cut short, 300 bytes of it, not weights: .*is it whole"),
+    "a pickle cut short": (b"\x80\x02}q\x00(X", "cannot be read as weights, is it whole. It has 7 bytes")}
+
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
+@pytest.mark.parametrize("what", OTHER_FILES)
+def test_other_files_are_refused_for_what_they_are(tmp_path, what, name):
+    content, match = OTHER_FILES[what]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=match) as error: read_file(tmp_path / name)
+    assert "could run code" not in str(error.value)
+    with pytest.raises(ValueError, match=match): load_released_head(tmp_path / name)
+
+
+def test_a_folder_is_no_file(tmp_path):
+    with pytest.raises(ValueError, match="is a folder: name the file of weights in it"): read_checkpoint(tmp_path)
+
+
+def test_what_a_file_is_does_not_follow_from_its_name(tmp_path):
+    save_file({"w": torch.ones(2)}, tmp_path / "a.pth")
+    torch.save({"w": torch.ones(2)}, tmp_path / "b.safetensors")
+    torch.save({"w": torch.ones(2)}, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
+    for name in ("a.pth", "b.safetensors", "old.bin"):
+        assert torch.equal(read_checkpoint(tmp_path / name)["w"], torch.ones(2))
+
 
 class Code:
     def __reduce__(self): return exec, ("import sys; sys.modules['code_ran'] = 1",)
@@ -199,7 +345,8 @@ def test_a_safetensors_file_cut_short_is_refused(tmp_path):
 
 @pytest.mark.parametrize("content, match", [([torch.ones(1)], "holds no state dict but a list"),
                                             ({}, "holds no state dict but a dict"),
-                                            (dict(model=dict(epoch=3)), "no tensors: .'epoch'.")])
+                                            (dict(model=dict(epoch=3)), "holds no state dict"),
+                                            (dict(w=torch.ones(1), epoch=3), "no tensors: .'epoch'.")])
 def test_files_without_weights_are_refused(tmp_path, content, match):
     torch.save(content, tmp_path / "w.pth")
     with pytest.raises(ValueError, match=match): read_checkpoint(tmp_path / "w.pth")
@@ -221,3 +368,12 @@ def test_another_architecture_is_refused_and_nothing_loaded(tmp_path):
     broken = before | {"norm.bias": torch.full((48,), float("nan"))}
     with pytest.raises(ValueError, match="not finite in norm.bias"): load_strictly(model, broken)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_which_weights_were_taken_is_kept_with_what_is_fitted(tmp_path):
+    model = of_timm("vit_tiny_patch16_224", img_size=32)
+    torch.save(dict(model=model.state_dict(), model_ema=model.state_dict()), tmp_path / "w.pth")
+    def load_as(weights): return load("vit_tiny_patch16_224", tmp_path / "w.pth", weights=weights, **SMALL)
+    ema, raw = load_as("ema"), load_as("raw")
+    assert (fitted_on(ema)["origin"], fitted_on(raw)["origin"]) == ("w.pth (model_ema)", "w.pth (model)")
+    assert "origin" not in fitted_on(from_timm(model)) and fingerprint(ema) == fingerprint(raw)

@@ -116,7 +116,7 @@ def test_folded_models_are_copied_saved_and_moved(tmp_path):
 @pytest.mark.parametrize("kind", ["Dinov2", "DINOv3ViT", "ViT", "SiglipVision"])
 def test_folded_models_of_transformers(kind):
     pytest.importorskip("transformers")
-    encoder = load_encoder(of_transformers(kind), resampling="library", device="cpu")
+    encoder = load_encoder(of_transformers(kind), resampling="library", device="cpu", mean=.5, std=.5)
     options = dict(interpolate_pos_encoding=True) if kind in ("ViT", "SiglipVision") else {}
     for heads in KINDS:
         debiased = attach(encoder, heads, encoder.embed_dim)
@@ -162,7 +162,7 @@ def test_another_size_is_warned_of_where_models_resample_otherwise(resampling, w
 
 def test_models_that_norm_their_pooled_output_only_are_not_folded():
     pytest.importorskip("transformers")
-    clip = load_encoder(of_transformers("CLIPVision"), device="cpu")
+    clip = load_encoder(of_transformers("CLIPVision"), device="cpu", mean=.5, std=.5)
     pooled = vit_encoder(global_pool="avg").model
     pooled = from_timm(pooled, "pooled", mean=(.5, .5, .5), std=(.2, .2, .2))
     for encoder in (clip, pooled):

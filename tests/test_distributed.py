@@ -1,24 +1,39 @@
-"""Two processes that share the images learn what one learns."""
+"""Two processes that share the images learn what one learns, and score as one scores."""
 import json
 import subprocess
 import sys
 
+import numpy as np
+import pytest
 import torch
+from threadpoolctl import threadpool_limits
 
+from rasa_nb import segmentation
 from rasa_nb.head import RASAHead
+from rasa_nb.matching import FRANCA, LEOPART
 from rasa_nb.moments import Moments, collect_moments
 from rasa_nb.rasa import RASA
 from rasa_nb.scenes import Scenes
+from rasa_nb.segmentation import overcluster
 
 SCRIPT = """
 import sys, torch, torch.distributed as dist
 torch.set_num_threads(1)
-from rasa_nb.scenes import Scenes
 from rasa_nb.encoders import load_encoder
+from rasa_nb.matching import FRANCA, LEOPART
 from rasa_nb.moments import collect_moments
+from rasa_nb.scenes import Scenes
+from rasa_nb.segmentation import overcluster
 dist.init_process_group("gloo")
-m = collect_moments(load_encoder("tiny", device="cpu"), Scenes("train", 25))
-if dist.get_rank() == 0: m.save(sys.argv[1])
+encoder, data = load_encoder("tiny", device="cpu"), Scenes("val", 21)
+m = collect_moments(encoder, Scenes("train", 25))
+if dist.get_rank() == 0: m.save(sys.argv[1] + "/moments.safetensors")
+for protocol in (LEOPART, FRANCA):
+    protocol = protocol.replace(library="sklearn", n_init=1)
+    request = encoder, data, (12, 20, 30), protocol, 0
+    result = overcluster(*request, folder=sys.argv[1], examples=(0, 20))
+    again = overcluster(*request, folder=sys.argv[1], examples=(0, 20))
+    assert again.frame.equals(result.frame) and len(result.runs[0].counts) == 21   # in every process
 dist.destroy_process_group()
 """
 
@@ -30,12 +45,19 @@ def torchrun(n, *args):
     return done.stdout
 
 
-def test_two_processes_give_the_moments_and_the_head_of_one(tmp_path, tiny):
-    (tmp_path / "script.py").write_text(SCRIPT)
-    torchrun(2, tmp_path / "script.py", tmp_path / "two.safetensors")
-    one, two = collect_moments(tiny, Scenes("train", 25)), Moments.load(tmp_path / "two.safetensors")
-    assert one.count == two.count == 25 and one.apart.count == two.apart.count == 2 and torch.equal(one.counts, two.counts)
-    assert torch.allclose(one.cov, two.cov, atol=1e-6)
+@pytest.fixture(scope="module")
+def by_two(tmp_path_factory):
+    "The folder where two processes left moments and scores."
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "script.py").write_text(SCRIPT)
+    torchrun(2, folder / "script.py", folder)
+    return folder
+
+
+def test_two_processes_give_the_moments_and_the_head_of_one(by_two, tiny):
+    one, two = collect_moments(tiny, Scenes("train", 25)), Moments.load(by_two / "moments.safetensors")
+    assert one.count == two.count == 25 and [part.count for part in two.apart] == [1, 1]
+    assert torch.equal(one.counts, two.counts) and torch.allclose(one.cov, two.cov, atol=1e-6)
     p, q = (RASA().fit_moments(m).basis_ for m in (one, two))
     assert (p @ p.T - q @ q.T).abs().max() < 1e-5
 
@@ -49,3 +71,22 @@ def test_a_run_under_torchrun(tmp_path, tiny):
     assert (head.projector - alone.projector_).abs().max() < 1e-5
     assert record["head"]["fitted_on"]["data"]["images"] == 20
     assert [p.name for p in tmp_path.iterdir()] == ["r"] and said.count("fit: ") == 1   # one process speaks
+
+
+@pytest.mark.parametrize("protocol", [LEOPART, FRANCA], ids=lambda p: p.name)
+def test_two_processes_score_as_one(protocol, tiny, by_two, monkeypatch):
+    request = tiny, Scenes("val", 21), (12, 20, 30), protocol.replace(library="sklearn", n_init=1), 0
+    with threadpool_limits(1): one = overcluster(*request, examples=(0, 20))
+    monkeypatch.setattr(segmentation, "make_runs", None)   # the files are found
+    two = overcluster(*request, folder=by_two, examples=(0, 20))
+    for a, b in zip([*one.runs, *one.cells], [*two.runs, *two.cells]):
+        moved = abs(a.counts.matrix - b.counts.matrix).sum()
+        assert moved <= .02 * a.confusion.sum()   # the order of sums is another, and K-means amplifies last bits
+        assert abs(a.nmi_image - b.nmi_image) < .01 and abs(a.nmi_cell - b.nmi_cell) < .01
+        assert (a.labels != b.labels).sum() <= .02 * a.labels.size
+    np.testing.assert_allclose(one.frame.held_out, two.frame.held_out, atol=.5)
+
+
+def test_fewer_images_than_processes_are_refused(monkeypatch):
+    monkeypatch.setattr(segmentation, "this_process", lambda: (0, 4))
+    with pytest.raises(ValueError, match="3 images for 4 processes: expected at least one"): segmentation.Share.of(3)

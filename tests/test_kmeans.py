@@ -4,17 +4,19 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
+from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from sklearn.preprocessing import StandardScaler
 
 from rasa_nb import kmeans
 from rasa_nb.head import RASAHead, moments_after
-from rasa_nb.kmeans import (UpsampledMoments, draw_points, kmeans_centers, nearest_centers, reduce_tokens,
-                            whitened_pca)
+from rasa_nb.kmeans import (ClusterSums, UpsampledMoments, draw_points, kmeans_centers, lloyd, nearest_centers,
+                            reduce_tokens, settled_library, whitened_pca)
 from rasa_nb.moments import Moments
 
 
@@ -82,14 +84,125 @@ def test_pixels_go_to_the_nearest_center_whether_upsampled_or_not():
 def test_images_that_do_not_fit_one_chunk_are_assigned_alike(monkeypatch):
     maps, centers = torch.randn(7, 4, 6, 5), torch.randn(9, 5)
     whole = [*nearest_centers(maps, centers, (8, 12), upsampled=True)]
-    monkeypatch.setattr(kmeans, "images_per_chunk", lambda numbers: 2)
+    monkeypatch.setattr(kmeans, "images_per_chunk", lambda *_: 2)
     parts = [*nearest_centers(maps, centers, (8, 12), upsampled=True)]
     assert len(parts) == 4 and torch.equal(torch.cat(parts), torch.cat(whole))
 
 
-@pytest.mark.parametrize("library", ["sklearn", "faiss"])
+def random_points(seed, n, d, offset=0.):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed)) + offset
+
+
+def scikit_learn(points, start, max_iter=100):
+    "Its centers and inertia, from given centers, in float64."
+    model = KMeans(len(start), init=start.double().numpy(), n_init=1, max_iter=max_iter, tol=0)
+    model.fit(points.double().numpy())
+    return torch.from_numpy(model.cluster_centers_), model.inertia_
+
+
+def same_centers(a, b, atol=1e-4):
+    "Whether every center has its like among the others, in any order."
+    distances = torch.cdist(a.double(), b.double())
+    return max(distances.min(0).values.max(), distances.min(1).values.max()) < atol
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**31), st.integers(2, 12), st.integers(1, 6), st.integers(0, 4))
+def test_lloyd_finds_scikit_learns_centers_from_the_same_start(seed, k, d, far):
+    points = random_points(seed, 200, d).double()   # float32 takes near ties otherwise
+    start = points[:k].clone()
+    start[:min(far, k - 1)] += 50   # nearest to no point: empty clusters
+    (centers,), inertia = lloyd(points, start[None], 100)
+    expected, squares = scikit_learn(points, start)
+    assert same_centers(centers, expected, 1e-9) and inertia.item() == pytest.approx(squares)
+
+
+def test_float32_finds_them_too():
+    points = random_points(0, 2000, 10)
+    start = points[:12].clone()
+    start[:3] += 50
+    (centers,), inertia = lloyd(points, start[None], 100)
+    expected, squares = scikit_learn(points, start)
+    assert same_centers(centers, expected, 1e-4) and inertia.item() == pytest.approx(squares, 1e-5)
+
+
+@pytest.mark.parametrize("max_iter", [1, 2, 100])
+def test_iterations_are_counted_as_scikit_learn_counts_them(max_iter):
+    points = random_points(1, 500, 4)
+    (centers,), _ = lloyd(points, points[None, :20], max_iter)
+    assert torch.allclose(centers, scikit_learn(points, points[:20], max_iter)[0].float(), atol=1e-5)
+
+
+def test_a_seed_means_the_same_in_torch_and_scikit_learn():
+    points, centers = random_points(2, 600, 5, offset=10), {}
+    for library in ("torch", "sklearn"):
+        protocol = SimpleNamespace(library=library, n_init=4, max_iter=100)
+        centers[library] = kmeans_centers(points, 8, protocol, seed=3)
+    assert torch.allclose(centers["torch"], centers["sklearn"], atol=1e-4)
+
+
+def test_restarts_at_once_are_restarts_in_turn_in_any_chunks(monkeypatch):
+    points = random_points(3, 300, 4)
+    starts = points[:45].view(3, 15, 4)
+    together = lloyd(points, starts, 100)
+    monkeypatch.setattr(kmeans, "images_per_chunk", lambda *_: 7)
+    for i, start in enumerate(starts):
+        centers, inertia = lloyd(points, start[None], 100)
+        assert torch.allclose(centers[0], together[0][i], atol=1e-5)
+        assert torch.allclose(inertia[0], together[1][i], rtol=1e-4)
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_one_others():
+    points, protocol = random_points(4, 400, 4), SimpleNamespace(library="torch", n_init=1, max_iter=3)
+    one, again, other = (kmeans_centers(points, 9, protocol, seed) for seed in (0, 0, 1))
+    assert torch.equal(one, again) and not torch.equal(one, other)
+
+
+def test_fewer_places_than_clusters_leave_every_point_on_a_center():
+    places = random_points(5, 4, 3)
+    points = places.repeat(10, 1)
+    protocol = SimpleNamespace(library="torch", n_init=2, max_iter=20)
+    centers = kmeans_centers(points, 9, protocol, seed=0)
+    assert centers.shape == (9, 3) and same_centers(centers, places, 1e-5)
+
+
+def test_sums_of_points_that_moved_are_sums_of_all():
+    points, clusters = random_points(6, 200, 3), ClusterSums(random_points(6, 200, 3), 2, 5)
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        labels = torch.from_numpy(rng.integers(5, size=(2, 200)))
+        clusters.move(labels)
+    one_hot = F.one_hot(labels, 5).double()
+    assert torch.allclose(clusters.sums[:, :-1], one_hot.mT @ points.double(), atol=1e-12)
+    assert torch.equal(clusters.sizes[:, :-1], one_hot.sum(1))
+
+
+def test_points_far_from_the_origin_keep_their_digits():
+    points = random_points(7, 400, 4, offset=2**12)
+    protocol = SimpleNamespace(library="torch", n_init=1, max_iter=30)
+    centers = kmeans_centers(points, 6, protocol, seed=0)
+    near = kmeans_centers(points - 2**12, 6, protocol, seed=0)
+    assert same_centers(centers - 2**12, near, 2e-3)
+
+
+def test_neither_autocast_nor_the_device_changes_the_centers():
+    points, protocol = random_points(8, 900, 6), SimpleNamespace(library="torch", n_init=3, max_iter=10)
+    expected = kmeans_centers(points, 12, protocol, seed=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(kmeans_centers(points, 12, protocol, seed=0), expected)
+    if not torch.cuda.is_available(): return
+    on_gpu = [kmeans_centers(points, 12, protocol, seed=0, device="cuda") for _ in range(2)]
+    assert torch.equal(*on_gpu) and same_centers(on_gpu[0], expected, 1e-3)
+
+
+def test_the_fastest_library_is_taken_unless_one_is_named():
+    assert [settled_library("auto", device) for device in ("cpu", "cuda:1", "mps")] == ["sklearn", "torch", "torch"]
+    assert settled_library("faiss", "cuda") == "faiss"
+
+
+@pytest.mark.parametrize("library", ["sklearn", "torch", "faiss", "auto"])
 def test_planted_clusters_are_found(library):
-    pytest.importorskip(library, reason="faiss is optional: pip install faiss-cpu to compare with it")
+    if library == "faiss": pytest.importorskip("faiss", reason="pip install faiss-cpu to compare with it")
     planted = 3 * torch.eye(4, 6)
     points = planted.repeat(80, 1) + .1 * torch.randn(320, 6)
     protocol = SimpleNamespace(library=library, n_init=5, max_iter=50)

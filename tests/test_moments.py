@@ -115,8 +115,11 @@ def test_moments_of_earlier_versions_are_read(tmp_path):
     again, m = Moments.load(tmp_path / "m.safetensors"), Moments.of(z)
     assert again.count == 20 and again.source == source
     for both in (again, again + m, m + again): assert torch.allclose(both.cov, m.cov, atol=1e-12)
+    m = Moments.of(z, apart=True)
     m.save(tmp_path / "new.safetensors")
-    assert torch.equal(Moments.load(tmp_path / "new.safetensors").cov, m.cov)
+    new = Moments.load(tmp_path / "new.safetensors")
+    for ours, saved in ((m, new), (m.rest, new.rest), *zip(m.apart, new.apart)):
+        assert torch.equal(ours.cov, saved.cov) and ours.count == saved.count
     write_safetensors(tmp_path / "head.safetensors", sums, "rasa_nb.head.1", source)
     with pytest.raises(ValueError, match="is no rasa_nb.moments.2 file"): Moments.load(tmp_path / "head.safetensors")
 

@@ -18,7 +18,8 @@ from rasa_nb.reading import Reading
 from rasa_nb.encoders import from_timm, load_encoder
 from rasa_nb.head import DebiasedEncoder, RASAHead
 from rasa_nb.patch_encoder import FitSize, PatchEncoder, ViTEncoder, WrappedEncoder, block_tokens
-from rasa_nb.patch_encoder import check_image_size, hub_parts, resample, timm_parts, transformers_parts
+from rasa_nb.patch_encoder import check_image_size, hub_parts, probe, probe_text, probes_agree, resample
+from rasa_nb.patch_encoder import timm_parts, transformers_parts
 from rasa_nb.scenes import Scenes
 from rasa_nb.store import SharedTokens
 
@@ -140,7 +141,7 @@ def test_refused(encoder, what):
 def test_a_text_model_is_no_vit():
     transformers = pytest.importorskip("transformers")
     small = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
-    with pytest.raises(TypeError, match=r"BertModel \(bert\) is not one of clip_vision_model, dinov2"):
+    with pytest.raises(TypeError, match=r"BertModel \(bert\) holds none of beit, clip_vision_model"):
         transformers_parts(transformers.BertModel(transformers.BertConfig(**small)))
 
 
@@ -302,3 +303,52 @@ def test_a_wrapper_says_what_is_around_what(tiny):
     with pytest.raises(AttributeError, match=r"test\+ShiftAverage \(ShiftAverage\) has no"): wrapped._private
     half_built = WrappedEncoder.__new__(WrappedEncoder)   # as pickle makes them
     with pytest.raises(AttributeError, match="has no attribute 'mean'"): half_built.mean
+
+
+# What an encoder does
+
+def test_a_probe_tells_functions_apart_that_look_alike(encoder):
+    class Shift:   # a callable whose settings are no text
+        def __init__(self, by): self.by = by
+        def __call__(self, model, images): return rows_first(model, images).roll(self.by, 2)
+    none, one, two = (PatchEncoder(nn.AvgPool2d(8), Shift(by), 3, 8) for by in (0, 1, 2))
+    assert probes_agree(probe(none), probe(PatchEncoder(nn.AvgPool2d(8), rows_first, 3, 8)))
+    assert not probes_agree(probe(one), probe(two)) and probe_text(probe(one)) != probe_text(probe(two))
+    for other in (encoder.at(0), encoder.at(norm=False), ShiftAverage(encoder, 2)):
+        assert not probes_agree(probe(encoder), probe(other))
+
+
+def test_a_probe_is_kept_until_weights_or_functions_change():
+    calls = []
+    def counted(model, images):
+        calls.append(1)
+        return rows_first(model[1], model[0](images))
+    encoder = PatchEncoder(nn.Sequential(nn.Conv2d(3, 3, 1), nn.AvgPool2d(8)), counted, 3, 8)
+    first, again = probe(encoder), probe(encoder)
+    assert first is again and len(calls) == 1
+    encoder.model[0].bias += 1
+    changed = probe(encoder)
+    assert not probes_agree(first, changed) and len(calls) == 2
+    encoder.tokens = lambda model, images: counted(model, images) * 2
+    assert not probes_agree(changed, probe(encoder)) and probe(encoder) == probe(copy.deepcopy(encoder))
+
+
+def test_rounding_does_not_change_a_probe(encoder, tiny):
+    for e in (encoder, tiny):
+        half = load_encoder(e.model, dtype="bf16", device="cpu", mean=e.mean.flatten(), std=e.std.flatten())
+        assert probes_agree(probe(e), probe(half), .1)
+        noisy = [x * (1 + 1e-7 * (-1)**i) for i, x in enumerate(probe(e))]
+        assert probe_text(probe(e)) == probe_text(noisy) and probes_agree(probe(e), noisy)
+    threads = torch.get_num_threads()
+    before = probe(copy.deepcopy(tiny))
+    torch.set_num_threads(threads + 1)
+    try: assert probe(copy.deepcopy(tiny)) == before and torch.get_num_threads() == threads + 1
+    finally: torch.set_num_threads(threads)
+
+
+def test_a_probe_takes_the_size_that_an_encoder_takes():
+    beit = from_timm(of_timm("beit_base_patch16_224"))
+    assert len(probe(beit)) == 32 and not probes_agree(probe(beit), probe(beit.at(1)))
+    def never(model, images): raise RuntimeError("no size will do")
+    assert probe(PatchEncoder(nn.Identity(), never, 3, 8)) == () and probe_text(()) == "none"
+    assert probes_agree((), ()) and not probes_agree((), probe(beit))

@@ -89,6 +89,23 @@ def test_files_that_are_none(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder; runs are made by"): read_runs(tmp_path / "none")
 
 
+def test_a_folder_of_runs_among_runs_is_named(tmp_path):
+    "Version 0.1.0 made such for a model called owner/name."
+    (tmp_path / "owner").mkdir()
+    write(tmp_path / "owner", run=record({21: [10., 12.]}, {21: [13., 17.]}))
+    assert read_runs(tmp_path).left_out == dict(owner="no run, but a folder of 1: read it by itself")
+    assert len(read_runs(tmp_path / "owner").records) == 1
+
+
+@pytest.mark.parametrize("model, shown", [("/home/me/dino v2", "dino v2"), ("../weights", "weights"),
+                                          ("facebook/dinov2-base", "facebook/dinov2-base")])
+def test_kept_records_name_models_but_no_folders(tmp_path, model, shown):
+    run = record({21: [1, 2]}, {21: [2, 3]}, model=model)
+    run["head"]["fitted_on"]["encoder"] = model
+    kept = json.loads(keep_record(write(tmp_path, run=run) / "run", tmp_path / "kept").read_text())
+    assert kept["parameters"]["model"] == kept["encoder"]["name"] == kept["head"]["fitted_on"]["encoder"] == shown
+
+
 def test_a_folder_without_runs(tmp_path):
     report = Report.read(tmp_path)
     assert report.to_markdown() == "No runs." and report.frame.empty and report.to_latex() == ""

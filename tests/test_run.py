@@ -1,10 +1,15 @@
 """The run as its user starts it: by papermill, by command, in Python; with good and with bad parameters."""
 import ast
+import errno
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
+import types
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
@@ -12,10 +17,15 @@ import papermill as pm
 import pytest
 import torch
 from fastcore.docments import docments
+from conftest import change_pixels
 from papermill.exceptions import PapermillExecutionError
+from safetensors import SafetensorError
 
-from rasa_nb import RASA, Scenes, load_encoder, position_r2
-from rasa_nb.run import METHODS, Config, fit_run, list_files, main, run_folder, save_run, train
+from rasa_nb import RASA, Reading, Scenes, load_encoder, position_r2
+from rasa_nb import run as module
+from rasa_nb.report import Report
+from rasa_nb.run import (METHODS, Config, fit_run, identify, list_files, main, plain_name, run_folder,
+                         save_run, train)
 
 notebook = Path(__file__).parent.parent / "nbs" / "03_train.ipynb"
 small = dict(n_images=30, k="12,20", seeds=2)
@@ -124,7 +134,10 @@ def test_bad_names_by_papermill_are_refused_before_the_work(tmp_path, parameters
     (dict(method="magic"), "method='magic': expected one of 'rasa'"),
     (dict(method="closed_form"), "'closed_form' is now 'rasa'"),
     (dict(checkpoint="/no/file"), "checkpoint='/no/file': no such file"),
-    (dict(run_name="a/b"), "expected a plain folder name"),
+    *((dict(run_name=name), "run_name='.*expected a plain folder name, such as") for name in (
+        "a/b", "..", ".hidden", "C:x", "x" * 201)),
+    (dict(num_workers=-1), "num_workers=-1: expected at least 0"),
+    (dict(num_workers="2"), "num_workers='2': expected a whole number"),
     (dict(method="paper", moments_file="sums"), "'paper' does not learn from sums .*rasa, position_mean"),
 ])
 def test_bad_parameters(parameters, message):
@@ -158,11 +171,122 @@ def test_each_default_name_is_new(tmp_path):
     assert names == ["tiny-scenes-rasa", "tiny-scenes-rasa-2", "tiny-scenes-rasa-3"]
 
 
-def test_nothing_is_left_when_saving_fails(tmp_path, monkeypatch):
-    run = train(Config(n_images=16, k=12, seeds=1, out_dir=str(tmp_path), run_name="broken"), progress=False)
+@pytest.fixture(scope="module")
+def made():
+    "The least run, not saved yet."
+    return train(Config(n_images=16, k=12, seeds=1, method="position_mean"), progress=False)
+
+
+def saved_as(made, **parameters): return save_run(replace(made, config=Config(**parameters)))
+
+
+NAMES = ["owner/name", "owner/a name with spaces", "../weights", "..", "/home/me/models/dino v2", "./große Größe",
+         'a/b:c*?"<>|d', "C:\\models\\mine", "nul", "aux.pth", "-p/seed", ".hidden/model", "a/" + "x" * 300,
+         "a/" + "漢" * 100, "a/b\n", "owner_name", "owner name", ""]
+
+
+def test_folders_are_plain_and_safe_and_apart_whatever_a_model_is_called():
+    names = [plain_name(f"{model}-voc-rasa") for model in NAMES] + [plain_name(name) for name in NAMES]
+    assert len(set(names)) == len(names) and plain_name("vits-voc-rasa") == "vits-voc-rasa"
+    for name in names:
+        assert re.fullmatch(r"[\w=+,][\w.=+,-]*", name, re.ASCII) and len(name) <= 120 and name[-1] != "."
+        assert name.partition(".")[0].lower() not in ("con", "prn", "aux", "nul", "com1", "lpt1")
+
+
+def test_runs_of_models_by_path_or_owner_are_found_by_the_report_under_their_full_names(tmp_path, made, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    models = ["owner/a name with spaces", "../weights", str(tmp_path / "dino v2")]
+    for model in models: saved_as(made, model=model, out_dir="runs", data="scenes")
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    report = Report.read("runs")
+    assert {setting.model for setting in report.settings} == set(models) and not report.left_out
+
+
+def test_nothing_is_left_when_saving_fails(tmp_path, monkeypatch, made):
     monkeypatch.setattr("rasa_nb.run.run_record", lambda run: 1 / 0)
-    with pytest.raises(ZeroDivisionError): save_run(run)
+    with pytest.raises(ZeroDivisionError): saved_as(made, out_dir=str(tmp_path))
     assert list(tmp_path.iterdir()) == []
+
+
+def no_space(*args, **kwargs): raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def writing_fails(monkeypatch, name):
+    "Lets the writing of one file of a run fail, after a part of it."
+    write = Path.write_bytes
+    def fails(path, content):
+        if path.name != name: return write(path, content)
+        write(path, content[:7])
+        no_space()
+    monkeypatch.setattr(Path, "write_bytes", fails)
+
+
+@pytest.mark.parametrize("which", ["head.safetensors", "run.json", "figure.png", "the move to its place"])
+def test_on_a_disk_that_fills_up_no_part_of_a_run_is_left(tmp_path, monkeypatch, made, which):
+    "Whichever write it is; and the error says how much the run needs, and how much is free."
+    def rust_says(*args): raise SafetensorError("I/O error: No space left on device (os error 28)")
+    if which == "head.safetensors": monkeypatch.setattr("rasa_nb.store.save_file", rust_says)
+    elif which == "the move to its place": monkeypatch.setattr(os, "replace", no_space)
+    else: writing_fails(monkeypatch, which)
+    with pytest.raises(OSError, match=r"disk for .*tiny-scenes-rasa: [\d.]+ kB are needed, .* are free") as e:
+        saved_as(made, out_dir=str(tmp_path))
+    assert e.value.errno == errno.ENOSPC and not list(tmp_path.iterdir())
+
+
+def free_space(monkeypatch, free):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=free))
+
+
+def test_a_full_disk_is_noticed_before_the_work(tmp_path, monkeypatch):
+    free_space(monkeypatch, 10**6)
+    monkeypatch.setattr(module, "open_data", lambda config: pytest.fail("images were read"))
+    with pytest.raises(OSError, match="2.4 MB are needed, 1.0 MB are free"):
+        fit_run(Config(out_dir=str(tmp_path)), progress=False)
+
+
+@pytest.mark.parametrize("place", ["out_dir", "cache_dir", "moments_file"])
+def test_places_that_cannot_be_written_to_are_noticed_before_the_work(closed_place, tmp_path, monkeypatch, place):
+    monkeypatch.setattr("rasa_nb.load_encoder", lambda *args: pytest.fail("it began"), raising=False)
+    with pytest.raises(OSError, match=f"{place}='.*: no files can be made in .*name another folder"):
+        fit_run(Config(**(dict(out_dir=str(tmp_path)) | {place: str(closed_place)})), progress=False)
+
+
+def test_a_place_that_cannot_be_written_to_is_told_by_the_command(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit): main(["--out_dir", str(tmp_path / "file")])
+    assert "no files can be made" in capsys.readouterr().err
+    with pytest.raises(OSError, match=f"moments_file='{tmp_path}' is a folder: name a file"):
+        fit_run(Config(moments_file=str(tmp_path), out_dir=str(tmp_path)), progress=False)
+
+
+# What a run was made from
+
+def test_a_run_keeps_what_it_was_made_from(made):
+    identity = module.run_record(made)["identity"]
+    assert identity == identify(made.config) == identify(replace(made.config, k="20", seed=3, method="rasa"))
+    assert set(identity) == {"weights", "learn", "score"}
+
+
+def test_other_weights_or_images_are_another_identity(tmp_path, tiny, voc_tree):
+    weights = tmp_path / "w.pth"
+    def of(**parameters): return identify(Config(data="voc", data_dir=str(voc_tree), checkpoint=str(weights), **parameters))
+    torch.save(tiny.model.state_dict(), weights)
+    before = of()
+    change_pixels(voc_tree / "VOCdevkit/VOC2012/SegmentationClass/b.png")
+    masked = of()
+    change_pixels(voc_tree / "VOCdevkit/VOC2012/JPEGImages/a.jpg")
+    pictured = of()
+    moved = {name: value + 1 for name, value in tiny.model.state_dict().items()}
+    torch.save(moved, weights)
+    trained = of()
+    changed = [[name for name in a if a[name] != b[name]] for a, b in
+               zip((before, masked, pictured), (masked, pictured, trained))]
+    assert changed == [["score"], ["learn"], ["weights"]]
+
+
+def test_a_run_reads_with_as_many_workers_as_is_said():
+    assert Config(num_workers=3).reading().num_workers == 3
+    assert Config().num_workers is None and Config().reading() == Reading(96)
 
 
 def test_runs_that_share_a_cache_give_the_numbers_of_runs_that_do_not(tmp_path):
@@ -174,7 +298,7 @@ def test_runs_that_share_a_cache_give_the_numbers_of_runs_that_do_not(tmp_path):
         assert shared.result.frame.miou.tolist() == alone.result.frame.miou.tolist()
         assert shared.r2.mean == alone.r2.mean
     kept = list((tmp_path / "tokens").glob("*.safetensors"))
-    assert len(kept) == 4   # images to learn from, to probe, to cluster, and the figure's
+    assert len(kept) == 5   # images to learn from, to probe, to cluster, the figure's, and what encoders are asked
 
 
 def test_missing_weights_are_told_within_seconds(tmp_path, monkeypatch):
@@ -213,6 +337,7 @@ def test_an_interrupted_fit_goes_on_from_its_sums(tmp_path, monkeypatch):
         own = encoder.forward
 
         def forward(images):
+            if len(images) == 1: return own(images)   # the picture that an encoder is told by
             seen.append(len(images))
             if len(seen) == 2: raise KeyboardInterrupt
             return own(images)

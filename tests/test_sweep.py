@@ -1,27 +1,38 @@
 """Sweeps: what is finished, killed, broken, or taken by another process; with a page that only pretends."""
+import errno
 import json
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import time
+from pathlib import Path
 
+import cloudpickle
+import joblib
 import nbformat
 import pytest
+from conftest import change_pixels, make_voc
 from nbformat.v4 import new_code_cell, new_notebook
 
+from rasa_nb import sweep
 from rasa_nb.report import read_runs
-from rasa_nb.sweep import finished, main, make_run, one_gpu, plan, run_sweep
+from rasa_nb.run import Config, identify
+from rasa_nb.sweep import (OtherContent, finished, main, make_run, one_gpu, plan, run_here, run_on_slurm,
+                           run_sweep, visible_gpus)
 
-pretended = """
+IDENTITY = dict(weights="w", learn="l", score="s")
+pretended = f"""
 import json, os, pathlib, time
+identity = {IDENTITY}""" + """
 folder = pathlib.Path(out_dir, run_name)
 with open(f"{out_dir}/made", "a") as f: f.write(f"{run_name} {os.environ.get('OMP_NUM_THREADS')}\\n")
 if n_images == 7: os.kill(os.getpid(), 9)
 if n_images == 8: raise ValueError("8 does not work")
 time.sleep(n_images / 10)
 folder.with_name(f".{run_name}").mkdir()
-text = json.dumps(dict(parameters=dict(seed=seed, method=method, n_images=n_images)))
+text = json.dumps(dict(parameters=dict(seed=seed, method=method, n_images=n_images), identity=identity))
 folder.with_name(f".{run_name}").joinpath("run.json").write_text(text)
 folder.with_name(f".{run_name}").rename(folder)
 """
@@ -34,8 +45,15 @@ def silent(line): pass
 def made(folder): return [line.split()[0] for line in (folder / "made").read_text().splitlines()]
 
 
+@pytest.fixture
+def page(written_page, monkeypatch):
+    "A page that pretends to make runs; what they read is always the same."
+    monkeypatch.setattr(sweep, "identify", lambda config: IDENTITY)
+    return written_page
+
+
 @pytest.fixture(scope="module")
-def page(tmp_path_factory):
+def written_page(tmp_path_factory):
     "A page that takes the parameters of a run and writes its record, after `n_images` tenths of a second."
     path = tmp_path_factory.mktemp("page") / "page.ipynb"
     kernel = dict(name="python3", display_name="python3", language="python")
@@ -147,6 +165,7 @@ def test_a_real_run_by_the_module_alone(tmp_path):
     assert files == ["figure.png", "head.safetensors", "run.json"]
     record, = read_runs(tmp_path).records
     assert finished(tmp_path / table.index[0], dict(method="position_mean", n_images=16, k="12", seeds=2))
+    assert record["identity"] == identify(Config(n_images=16))
     assert record["parameters"]["cache_dir"] == str(tmp_path / ".shared")
     assert [path.name for path in (tmp_path / ".shared").iterdir()] == ["scores"]   # tokens are removed
 
@@ -181,10 +200,163 @@ def test_a_checkpoint_counts_by_content(tmp_path):
 def test_other_parameters_under_the_same_name_are_not_taken(tmp_path):
     folder = tmp_path / plan(dict(k=["12"]))[0].name
     folder.mkdir()
-    (folder / "run.json").write_text(json.dumps(dict(parameters=dict(model="tiny", k="13"))))
+    record = dict(parameters=dict(model="tiny", k="13"), identity=identify(Config()))
+    (folder / "run.json").write_text(json.dumps(record))
     table = run_sweep(dict(k=["12"]), tmp_path, say=silent)
     assert "k='13' there, '12' asked" in table.why.iloc[0]
     assert finished(folder, dict(k="13", data_dir="elsewhere"))
+
+
+# What a finished run is valid for
+
+@pytest.fixture
+def sweep_of(tmp_path, monkeypatch):
+    "Makes a sweep whose runs only note what they would have read, and returns its rows as (name, outcome)."
+    def note(planned, out, *_):
+        (out / planned.name).mkdir()
+        record = dict(parameters=planned.parameters, identity=identify(Config(**planned.parameters)))
+        (out / planned.name / "run.json").write_text(json.dumps(record))
+    monkeypatch.setattr(sweep, "_execute", note)
+
+    def rows(**parameters):
+        asked = dict(data=["voc"], download=[False]) | {name: [value] for name, value in parameters.items()}
+        table = run_sweep(asked, tmp_path / "runs", notebook="none", say=silent)
+        return [*table.outcome.items()], table.why.iloc[0]
+    return rows
+
+
+def test_a_run_on_other_data_is_made_beside_the_one_that_is_there(sweep_of, tmp_path, scenes):
+    "Two trees with the same lists; then a corrected mask, and a picture that was replaced."
+    a, b = (str(make_voc(tmp_path / name, scenes)) for name in "AB")
+    change_pixels(tmp_path / "B/VOCdevkit/VOC2012/JPEGImages/c.jpg")
+    first, _ = sweep_of(data_dir=a)
+    assert first == [("tiny-voc-rasa-seed0", "finished")]
+    (other, outcome), = sweep_of(data_dir=b)[0]
+    assert outcome == "finished" and other.startswith("tiny-voc-rasa-seed0-")
+    names = {other}
+    for folder in ("JPEGImages/a.jpg", "SegmentationClass/b.png"):
+        change_pixels(tmp_path / "B/VOCdevkit/VOC2012" / folder)
+        [(name, outcome)], why = sweep_of(data_dir=b)
+        assert outcome == "finished" and "tiny-voc-rasa-seed0 was made from other images" in why
+        names.add(name)
+    assert len(names) == 3
+    assert sweep_of(data_dir=b)[0] == [(name, "finished before")]
+    assert sweep_of(data_dir=a)[0] == [("tiny-voc-rasa-seed0", "finished before")]
+
+
+def test_a_run_with_other_weights_under_the_old_name_is_made_beside(sweep_of, tmp_path, voc_tree, monkeypatch, tiny):
+    weights = ["one"]
+    monkeypatch.setattr("rasa_nb.run._hash_of_weights", lambda model, checkpoint, stamps: weights[-1])
+    def made(): return sweep_of(model="owner/name", data_dir=str(voc_tree))
+    [(first, _)], _ = made()
+    weights.append("another")
+    [(second, outcome)], why = made()
+    assert second.startswith(first) and outcome == "finished" and f"{first} was made from other weights" in why
+    assert made()[0] == [(second, "finished before")]
+
+
+def test_a_run_of_an_earlier_version_is_not_trusted_without_a_word(sweep_of, tmp_path, voc_tree):
+    old = tmp_path / "runs" / "tiny-voc-rasa-seed0"
+    old.mkdir(parents=True)
+    (old / "run.json").write_text(json.dumps(dict(parameters=dict(data="voc"))))
+    [(name, outcome)], why = sweep_of(data_dir=str(voc_tree))
+    assert outcome == "finished" and "does not say which weights and images it was made from" in why
+    assert name.startswith(f"{old.name}-") and old.joinpath("run.json").exists()
+    with pytest.raises(OtherContent): finished(old, dict(data="voc", data_dir=str(voc_tree)))
+
+
+def test_a_run_that_another_sweep_made_of_other_data_meanwhile_is_not_taken(sweep_of, tmp_path, scenes):
+    a, b = (str(make_voc(tmp_path / name, scenes)) for name in "AB")
+    change_pixels(tmp_path / "B/VOCdevkit/VOC2012/JPEGImages/c.jpg")
+    planned, = plan(dict(data=["voc"], data_dir=[b]))
+    sweep_of(data_dir=a)                       # after B was found absent, and before it is begun
+    row = make_run(planned, tmp_path / "runs")
+    assert row["outcome"] == "finished" and row["run"] != planned.name
+
+
+def test_data_that_are_not_there_are_no_finished_run(sweep_of, tmp_path, voc_tree):
+    sweep_of(data_dir=str(voc_tree))
+    [(_, outcome)], why = sweep_of(data_dir=str(tmp_path / "mistyped"))
+    assert outcome == "failed" and "no Pascal VOC at" in why
+
+
+def test_models_of_any_name_have_folders_of_their_own(tmp_path):
+    models = ["owner/name", "owner/name ", "../name", str(tmp_path / "name"), "owner/" + "x" * 300, "a/ü", "a/ö"]
+    names = [planned.name for planned in plan(dict(model=models, data=["scenes"]))]
+    assert len(set(names)) == len(names)
+    for name in names: assert re.fullmatch(r"[\w=+,][\w.=+,-]*", name, re.ASCII) and len(name) <= 120
+
+
+# Places
+
+def test_a_place_that_cannot_be_written_to_is_noticed_before_the_work(closed_place, capsys):
+    with pytest.raises(OSError, match="out_dir='.*no files can be made in"):
+        run_sweep(dict(seed=[0]), closed_place, say=silent)
+    with pytest.raises(SystemExit): main(["--out_dir", str(closed_place)])
+    assert "no files can be made in" in capsys.readouterr().err
+
+
+def test_on_a_full_disk_a_run_fails_alone_and_says_how_much_is_needed(page, tmp_path, monkeypatch):
+    def full(*args): raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(sweep, "_execute", full)
+    monkeypatch.setattr(Path, "write_text", full)   # of the note, too
+    table = run_sweep(dict(seed=[0, 1]), tmp_path, notebook=page, say=silent)
+    assert table.outcome.tolist() == ["failed"] * 2
+    assert re.search("4.2 MB are needed, .* are free", table.why.iloc[0])
+
+
+# GPUs, of which a count is pretended
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+def seen_gpu(planned):
+    begun = time.time()
+    time.sleep(.5)
+    from joblib import cpu_count
+    gpu, cores = os.environ.get("CUDA_VISIBLE_DEVICES"), cpu_count()   # that it may use, by joblib's count
+    return dict(run=planned.name, gpu=gpu, cores=cores, begun=begun, ended=time.time())
+
+
+def test_runs_at_once_have_a_gpu_each_and_never_the_same(two_gpus, tmp_path):
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])   # so that workers need not import what tests do
+    rows = list(run_here(seen_gpu, plan(dict(seed=[0, 1, 2, 3])), 0, tmp_path))
+    assert {row["gpu"] for row in rows} == {"0", "1"} and len(rows) == 4
+    for gpu in "01":
+        times = sorted((row["begun"], row["ended"]) for row in rows if row["gpu"] == gpu)
+        assert all(ended <= begun for (_, ended), (begun, _) in zip(times, times[1:]))
+    starts = sorted(row["begun"] for row in rows)
+    assert starts[1] < min(row["ended"] for row in rows)   # two were at work at once
+    assert {row["cores"] for row in rows} == {max(1, joblib.cpu_count() // 2)}
+
+
+def test_runs_on_the_cpu_wait_for_no_gpu(two_gpus, tmp_path):
+    rows = list(run_here(seen_gpu, plan(dict(device=["cpu"])), 0, tmp_path))
+    assert rows[0]["gpu"] is None
+
+
+def test_jobs_of_submitit_that_see_several_gpus_share_them_out(two_gpus, tmp_path):
+    pytest.importorskip("submitit")
+    gpu, lock = sweep._first_free(["0", "1"], tmp_path)   # it is another run's
+    with lock:
+        rows = list(run_on_slurm(seen_gpu, plan(dict(seed=[0])), 0, tmp_path, dict(cluster="debug")))
+    assert gpu == "0" and rows[0]["gpu"] == "1"
+
+
+@pytest.mark.parametrize("named, count, gpus", [
+    (None, 2, ["0", "1"]), ("2,5", 2, ["2", "5"]), ("3,-1,4", 1, ["3"]),
+    ("MIG-a/1/0,MIG-a/2/0", 2, ["MIG-a/1/0", "MIG-a/2/0"])])
+def test_gpus_go_by_the_names_they_were_given(named, count, gpus, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    if named: monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    assert visible_gpus() == gpus
+    if len(gpus) > 1:
+        with one_gpu(gpus, tmp_path): assert os.environ["CUDA_VISIBLE_DEVICES"] == gpus[0]
 
 
 @pytest.mark.parametrize("arguments, message", [

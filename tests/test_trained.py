@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from sklearn.base import clone
 
 from rasa_nb.reading import Reading
 from rasa_nb.patch_encoder import PatchEncoder
@@ -181,7 +182,7 @@ class Code:
 
 def test_what_is_no_released_head(tmp_path):
     w = torch.randn(2, 8)
-    files = dict(code=(Code(), "cannot be read"), other=({"weight": w}, "holds no released head"),
+    files = dict(code=(Code(), "could run code"), other=({"weight": w}, "holds no released head"),
                  gap=(state_of([w, w + 1]) | {"pre_pos_layers.2.weight": w}, "is not whole"),
                  shape=(state_of([torch.randn(3, 8)]), "expected .2, D."),
                  same=(state_of([torch.ones(2, 8)]), "two different directions"),
@@ -194,3 +195,12 @@ def test_what_is_no_released_head(tmp_path):
     with pytest.raises(ValueError, match="is it whole"): load_released_head(tmp_path / "cut.pth")
     with pytest.raises(ValueError, match="basis='both'"): load_released_head(tmp_path / "two.pth", "both")
     with pytest.raises(FileNotFoundError, match="no checkpoint at"): load_released_head(tmp_path / "none.pth")
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("reaugment", [False, True])
+def test_heads_train_where_the_caller_has_switched_gradients_off(off, reaugment):
+    method, data = TrainedRASA(n_heads=1, epochs=2, reaugment=reaugment, lr=.01), Scenes("train", 30)
+    expected = clone(method).fit(color_encoder([]), data).head_.projector
+    with off(): found = clone(method).fit(color_encoder([]), data).head_.projector
+    assert torch.equal(found, expected)
