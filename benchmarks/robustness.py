@@ -1,13 +1,14 @@
-"""What removal of position depends on: units of channels, loud channels, loud tokens, rounding, number of images.
+"""What removal of position depends on: units of channels, loud channels and tokens, rounding, images.
 
     python benchmarks/robustness.py                                       # tiny, about a quarter of an hour
     python benchmarks/robustness.py --cases tiny "galileo on VOC" "mae_cifar on VOC"
     python benchmarks/robustness.py --quick --out quick.json
 
-Every encoder is run three times, on augmented images to learn from, augmented images to probe, and upright images
-to cluster; all else is done to these tokens. `units` learns the directions of RASA, and the components of the
-position mean, in several units of the channels. `conditions` gives the default tokens that are changed in one way.
-`memory` says what a fit of ten times as many images takes more. Writes results/robustness.json, prints Markdown.
+Every encoder is run three times, on augmented images to learn from, augmented images to probe, and upright
+images to cluster; all else is done to these tokens. `units` learns the directions of RASA, and the components
+of the position mean, in several units of the channels. `conditions` gives the default tokens that are changed
+in one way. `memory` says what a fit of ten times as many images takes more. Writes results/robustness.json
+and prints Markdown.
 """
 import argparse
 import json
@@ -27,13 +28,13 @@ from rasa_nb.moments import Moments, collect_moments, inverse_scale, position_ta
 from rasa_nb.patch_encoder import PatchEncoder
 from rasa_nb.rasa import RASA, complement, cross_covariance_basis, position_evidence
 from rasa_nb.reading import Evaluation, Reading, Transformed
+from rasa_nb.scenes import Scenes
 from rasa_nb.segmentation import overcluster_tokens
 from rasa_nb.store import atomic
 
 from cases import CASES, SHARED, open_case
 
 results = Path(__file__).resolve().parent / "results" / "robustness.json"
-COLUMNS = ["directions", "R² left", "mIoU", "held out"]
 
 
 @dataclass
@@ -51,7 +52,8 @@ class Tokens:
 
 def read(name, args):
     case = open_case(name, args.shared)
-    learn, score = case.learn.first(args.learn), case.pick.first(args.score)
+    learn, score = case.learn.first(1000), case.pick.first(args.score)
+    if name == "tiny": learn = Scenes("train", 1000)    # drawn, so there are as many as one likes
     def augmented(data, seed): return Reading(case.size, augment="published", seed=seed).apply(data)
     def encoded(data): return torch.cat([z for z, _ in case.encoder.encode(data)])
     upright = Transformed(score, Evaluation(case.size, args.protocol.mask_size))
@@ -59,7 +61,7 @@ def read(name, args):
     return Tokens(encoded(augmented(learn, 0)), encoded(augmented(score, 1)), tokens, masks, score.classes)
 
 
-# Units of channels: tokens are multiplied by a matrix, position is found there, and what was found is mapped back
+# Units of channels: tokens are multiplied by a matrix, position is found there, and the result is mapped back
 def standardized(moments): return torch.diag(inverse_scale(moments.scale))
 
 
@@ -110,12 +112,13 @@ METHODS = {"RASA": rasa_in, "position mean": mean_in}
 
 
 # Measuring
-def row_of(tokens, method, rank, args, **first):
+def row_of(tokens, apply, rank, args, **first):
     "Position left and scores behind a map of tokens."
-    left = RidgeProbe(tokens.probe.shape[1:3], tokens.probe.shape[3]).update(method(tokens.probe)).score()
-    scored = {"": method(tokens.score)}
-    result = overcluster_tokens(scored, tokens.masks, tokens.classes, args.k, args.protocol, range(args.seeds))
-    frame, row = result.frame, first | {"directions": rank, "R² left": sum(left) / 2}
+    left = RidgeProbe(tokens.probe.shape[1:3], tokens.probe.shape[3]).update(apply(tokens.probe)).score()
+    scored = {"": apply(tokens.score)}
+    seeds = range(args.seeds)
+    frame = overcluster_tokens(scored, tokens.masks, tokens.classes, args.k, args.protocol, seeds).frame
+    row = first | {"directions": rank, "R² left": sum(left) / 2}
     for column, name in (("miou", "mIoU"), ("held_out", "held out")):
         if column in frame: row |= {name: frame[column].mean(), f"{name} std": frame[column].std(ddof=0)}
     print(row, file=sys.stderr, flush=True)
@@ -135,7 +138,7 @@ def units(tokens, args):
     rows = [row_of(tokens, lambda z: z, 0, args, loudness=1, method="none", unit="")]
     for factor in (1, 100, 300):
         changed = tokens.changed(loud(factor))
-        moments = Moments.of(changed.learn)
+        moments = Moments.of(changed.learn[:args.learn])
         for method, learn in METHODS.items():
             for unit, matrix in UNITS.items():
                 lesser = unit not in ("raw", "standard deviation")
@@ -161,17 +164,20 @@ def conditions(tokens, args):
     for name, change in CONDITIONS.items():
         changed = tokens.changed(change)
         rows += [row_of(changed, lambda z: z, 0, args, condition=name, method="none"),
-                 default(changed, len(changed.learn), args, name)]
+                 default(changed, args.learn, args, name)]
     for images in (50, 200, 1000):
         if images <= len(tokens.learn): rows.append(default(tokens, images, args, f"{images} images to fit"))
     return rows
 
 
 def default(tokens, images, args, condition):
-    rasa = RASA().fit_moments(Moments.of(tokens.learn[:images], apart=True))
-    rank = rasa.basis_.shape[1]
-    said = dict(condition=condition, method="RASA", images=images, left=rasa.left_)
-    return row_of(tokens, rasa.transform, rank, args, **said)
+    moments = Moments.of(tokens.learn[:images], apart=True)
+    rasa = RASA().fit_moments(moments)
+    said = dict(condition=condition, method="RASA", images=moments.count, left=rasa.left_)
+    return row_of(tokens, rasa.transform, rasa.basis_.shape[1], args, **said)
+
+
+PARTS = dict(units=units, conditions=conditions)
 
 
 # Memory
@@ -199,10 +205,11 @@ def memory(args):
 def markdown(record):
     parts = []
     for name, case in record["cases"].items():
-        for part in ("units", "conditions"):
+        made = "{learn} images to learn from, {score} to score, K={k}, {seeds} seeds".format(**case)
+        for part in [p for p in PARTS if p in case]:
             table = pd.DataFrame(case[part])
             shown = [c for c in table if not c.endswith(" std")]
-            parts += [f"{name}: {part}", table[shown].round(2).to_markdown(index=False)]
+            parts += [f"{name}, {part}: {made}", table[shown].round(2).to_markdown(index=False)]
     if "memory" in record: parts.append(f"memory: {record['memory']}")
     return "\n\n".join(parts)
 
@@ -212,7 +219,8 @@ def options():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=["tiny"])
     parser.add_argument("--shared", type=Path, default=SHARED, help="folder of data and weights")
-    parser.add_argument("--learn", type=int, default=1000, help="images to fit on, at most")
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--learn", type=int, default=600, help="images to fit on, where no number is said")
     parser.add_argument("--score", type=int, default=300, help="images to score, at most")
     parser.add_argument("--k", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3, help="K-means seeds, one start each")
@@ -226,13 +234,14 @@ def options():
 
 
 def main(args):
-    about = dict(command=" ".join(["python benchmarks/robustness.py", *sys.argv[1:]]), torch=torch.__version__)
-    plain = {name: getattr(args, name) for name in ("learn", "score", "k", "seeds")}
-    record = about | dict(options=plain, memory=memory(args), cases={})
+    record = dict(torch=torch.__version__, memory=memory(args), cases={})
     if args.out.exists(): record["cases"] = json.loads(args.out.read_text())["cases"]
     for name in args.cases:
         tokens = read(name, args)
-        record["cases"][name] = dict(units=units(tokens, args), conditions=conditions(tokens, args))
+        case = record["cases"].setdefault(name, {})
+        learn = min(args.learn, len(tokens.learn))
+        case |= dict(learn=learn, score=len(tokens.score), k=args.k, seeds=args.seeds)
+        for part in args.parts: case[part] = PARTS[part](tokens, args)
         with atomic(args.out) as part: part.write_text(json.dumps(record, indent=1) + "\n")
     print(markdown(record))
 

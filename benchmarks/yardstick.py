@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from rasa_nb.data import SegmentationData
 from rasa_nb.kmeans import nearest_centers
 from rasa_nb.matching import LEOPART, confusion_matrix
+from rasa_nb.moments import this_process
 from rasa_nb.patch_encoder import PatchEncoder
 from rasa_nb.reading import Reading
 from rasa_nb.run import process_group
@@ -88,7 +89,7 @@ def measure_score():
                          store="float16", examples=())
     said = dict(seconds=round(time.perf_counter() - start, 1), peak_gb=round(peak_gb(), 2))
     counts = result.runs[0].counts.matrix
-    return said | dict(before_call_gb=round(torch_only, 2), processes=int(os.environ.get("WORLD_SIZE", 1)),
+    return said | dict(before_call_gb=round(torch_only, 2), processes=this_process()[1],
                        counts_not_zero=counts.nnz, counts_mb=round(_megabytes(counts), 2))
 
 
@@ -149,28 +150,30 @@ def measure_scores():
                 both_intervals=intervals)
 
 
-MEASURES = dict(score=measure_score, scores=measure_scores, counts_of_the_split=lambda: measure_counts("whole"),
+MEASURES = dict(score=measure_score, scores=measure_scores,
+                counts_of_the_split=lambda: measure_counts("whole"),
                 counts_of_each_image=lambda: measure_counts("each"))
 
 
 def keep(name, found):
     "Adds a measurement to the record."
     record = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    machine = dict(machine=platform.machine(), cores=os.cpu_count(), threads=torch.get_num_threads(), torch=torch.__version__)
+    machine = dict(machine=platform.machine(), cores=os.cpu_count(), threads=torch.get_num_threads(),
+                   torch=torch.__version__)
     record |= dict(machine=machine, **{name: found})
     RESULTS.write_text(json.dumps(record, indent=1) + "\n")
     print(name, found, flush=True)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", choices=MEASURES)
     only = parser.parse_args().only
     if not only:
         for name in MEASURES: subprocess.run([sys.executable, __file__, "--only", name], check=True)
         return
     with process_group():
-        found, rank, world = MEASURES[only](), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        found, (rank, world) = MEASURES[only](), this_process()
         if world > 1:
             peaks = [None] * world
             torch.distributed.all_gather_object(peaks, found["peak_gb"])

@@ -103,24 +103,29 @@ def timm_grid(
 def _from_timm_grid(model, name, layer=-1, norm=True, resampling="official", **options):
     "A timm model that is no plain ViT; D and the size of a patch are found out on a blank image."
     kind = type(model).__name__
-    own = "a function `tokens(model, images)` that returns one grid [B, gh, gw, D]"
+    own = "tokens=, a function `tokens(model, images)` that returns one grid [B, gh, gw, D]"
     if not hasattr(model, "forward_intermediates") or not getattr(model, "feature_info", None):
-        raise TypeError(f"{kind} gives no grid of features that timm knows of: give tokens=, {own}")
+        raise TypeError(f"{kind} gives no grid of features that timm knows of: give {own}")
     if (layer, norm, resampling) != (-1, True, "official"):
         raise ValueError(f"{name} ({kind}) is no plain ViT, and layer, norm and resampling are for those")
     if not {"mean", "std"} <= set(options):
         raise ValueError(f"{name}: mean and std of its training images are not known: pass mean=, std=")
-    blank = _blank(model, _size_of(model))
-    with torch.no_grad(): found = model.eval().forward_features(blank)
+    height, width = size = _size_of(model)
+    blank = _blank(model, size)
+    try:
+        with torch.no_grad(): found = model.eval().forward_features(blank)
+    except (AssertionError, RuntimeError, IndexError) as e:
+        raise TypeError(f"{kind} has no whole patches for {height} x {width} pixels ({e}): give {own}") from e
     if not isinstance(found, torch.Tensor):
         shapes = ", ".join(str(tuple(f.shape)) for f in found)
-        raise TypeError(f"{kind} ends in {len(found)} grids ({shapes}), expected one: give tokens=, {own}")
+        raise TypeError(f"{kind} ends in {len(found)} grids ({shapes}), expected one: give {own}")
     tokens = _try_norms(model, blank)
     with torch.no_grad(): _, gh, gw, dim = tokens(model, blank).shape
-    patch_size, size = blank.shape[-2] // gh, image_side(blank.shape[-2:])
-    if check_image_size(blank.shape[-2:], patch_size) != (gh, gw):
-        raise TypeError(f"{kind} gives a grid of {gh} x {gw} for {size} pixels, expected square patches")
-    return PatchEncoder(model, tokens, dim, patch_size, size, name=name, **options)
+    patch_size = height // gh
+    if (height, width) != (gh * patch_size, gw * patch_size):
+        raise TypeError(f"{kind} gives a grid of {gh} x {gw} for {height} x {width} pixels, expected whole "
+                        f"square patches: give {own}")
+    return PatchEncoder(model, tokens, dim, patch_size, image_side(tuple(size)), name=name, **options)
 
 # %% ../nbs/01b_encoders.ipynb #e116
 def _size_of(model):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 import traitlets
 from fastcore.basics import patch
 from PIL import Image
@@ -20,8 +21,8 @@ from PIL import Image
 from .patch_encoder import ViTEncoder, WrappedEncoder
 from .store import figure_bytes, write_whole
 from .head import DebiasedEncoder
-from .visualize import SIMILARITY_CMAP, as_image, cell_at, draw_similarity, fitting_size
-from .visualize import named_encoders, tokens_of, unit_tokens
+from .visualize import SIMILARITY_CMAP, SIMILARITY_SCALE, as_image, cell_at, draw_similarity
+from .visualize import fitting_size, named_encoders, tokens_of, unit_tokens
 
 # %% ../nbs/02m_explorer.ipynb #c005
 import anywidget
@@ -49,8 +50,9 @@ class Explorer:
         self.image_size, self.center, self.width = image_size, center, width
         self.query, self._target = next(iter(images)), None
         self.at = (.5, .5)   # the point, as fractions of width and height
-        self.layer, self.shown = "given", list(encoders)
-        self._tokens, self._widget = {}, None   # tokens made so far; what the browser shows
+        self.layer, self.rank, self.shown = "given", "all", list(encoders)
+        self._ranks = {name: _max_rank(encoder) for name, encoder in encoders.items()}
+        self._tokens, self._units, self._widget = {}, {}, None   # made so far; what the browser shows
 
     @property
     def target(self): return self._target or self.query
@@ -63,6 +65,10 @@ class Explorer:
     def __repr__(self):
         n = len(self.images)
         return f"Explorer({n} image{'s' * (n > 1)}, encoders: {', '.join(self.encoders)})"
+
+def _max_rank(encoder):
+    "How many directions the encoder's own head takes out one by one; 0 where it does not, or has no head."
+    return encoder.head.max_rank if isinstance(encoder, DebiasedEncoder) else 0
 
 # %% ../nbs/02m_explorer.ipynb #c019
 def _num_blocks(encoder):
@@ -89,28 +95,63 @@ def _at_block(self:Explorer, name):
     encoder, block = self.encoders[name], self._block(name)
     return encoder if block is None else encoder.at(block, encoder.norm)
 
+# %% ../nbs/02m_explorer.ipynb #s002
+@patch(as_prop=True)
+def max_rank(self:Explorer):
+    "How many directions can be taken out at most, of all encoders; 0 where none can."
+    return max(self._ranks.values())
+
+@patch
+def _rank(self:Explorer, name):
+    "How many directions are taken out of an encoder's tokens; None where it is not for us to choose."
+    most = self._ranks[name]
+    if not most: return None
+    return most if self.rank == "all" else min(self.rank, most)
+
 @patch
 def _label(self:Explorer, name):
-    if self.layer == "given": return ""
-    block = self._block(name)
-    return "as given" if block is None else f"block {block}"
+    block, rank, parts = self._block(name), self._rank(name), []
+    if self.layer != "given": parts.append("as given" if block is None else f"block {block}")
+    if rank is not None: parts.append(f"{rank} of {self._ranks[name]} directions removed")
+    return ", ".join(parts)
 
 # %% ../nbs/02m_explorer.ipynb #c021
 @patch
-def _unit_tokens(self:Explorer, image):
-    "Tokens of an image by all encoders shown, name -> [gh, gw, D], centered and of length one."
+def _given_tokens(self:Explorer, image):
+    "Tokens of an image by all encoders shown, name -> [gh, gw, D]; before the head where its rank is chosen."
     keys, missing = {name: (image, name, self._block(name)) for name in self.shown}, {}
     for name, key in keys.items():
-        if key not in self._tokens: missing[name] = self._at_block(name)
+        if key in self._tokens: continue
+        missing[name] = self.encoders[name].base if self._ranks[name] else self._at_block(name)
     for name, maps in tokens_of([self.images[image]], missing, self.image_size).items():
-        self._tokens[keys[name]] = unit_tokens(maps[0], self.center).contiguous()
+        self._tokens[keys[name]] = maps[0].contiguous()
     return {name: self._tokens[key] for name, key in keys.items()}
+
+@patch
+def _behind_head(self:Explorer, name, z):
+    rank = self._rank(name)
+    if rank is None: return z
+    head = self.encoders[name].head
+    with torch.no_grad(): return head.remove(z[None].to(head.projector.device), rank)[0].cpu()
+
+@patch
+def _unit_tokens(self:Explorer, image):
+    "Tokens of an image by all encoders shown, name -> [gh, gw, D], centered and of length one."
+    for name, z in self._given_tokens(image).items():
+        chosen = self._block(name), self._rank(name)
+        if self._units.get((name, image), [None])[0] == chosen: continue
+        units = unit_tokens(self._behind_head(name, z), self.center)
+        self._units[name, image] = chosen, units   # of the last choice only
+    return {name: self._units[name, image][1] for name in self.shown}
 
 # %% ../nbs/02m_explorer.ipynb #c023
 @patch
-def similarity(self:Explorer):
-    "Returns name -> cosine similarity of the chosen patch to all patches of the target, [gh, gw] in [-1, 1]."
-    queries, targets, maps = self._unit_tokens(self.query), self._unit_tokens(self.target), {}
+def similarity(self:Explorer,
+    image=None,     # name of the image; None: the target
+):
+    "Returns name -> cosine similarity of the chosen patch to all patches of an image, [gh, gw] in [-1, 1]."
+    queries, targets = self._unit_tokens(self.query), self._unit_tokens(image or self.target)
+    maps = {}
     for name, z in queries.items():
         cell = cell_at(self.at, (1, 1), z.shape[:2])
         maps[name] = (targets[name] @ z[cell]).clamp(-1, 1)
@@ -124,17 +165,20 @@ def select(self:Explorer,
     target=None,     # name of the image the maps are of; it follows `query` until another is named
     layer=None,      # block number, from 0; "given" for the encoders as they were given
     shown=None,      # names of encoders
+    rank=None,       # directions to remove, the strongest first; "all" for as many as the methods remove
 ):
     """Changes what is given, and returns self; a widget on the screen follows.
 
-    Raises `ValueError` for an image, encoder, layer or point that is not there."""
+    Raises `ValueError` for an image, encoder, layer, rank or point that is not there."""
     query, shown = query or self.query, list(shown or self.shown)
     _check_known("image", [query, target or query], self.images)
     _check_known("encoder", shown, self.encoders)
     at = self.at if point is None else _fractions(point, self.images[query], query)
     layer = self.layer if layer is None else _checked_layer(layer, self.num_layers)
+    rank = self.rank if rank is None else _checked_rank(rank, self.max_rank)
     if target is not None: self._target = None if target == query else target
-    self.query, self.layer, self.at, self.shown = query, layer, at, [n for n in self.encoders if n in shown]
+    self.query, self.layer, self.rank, self.at = query, layer, rank, at
+    self.shown = [name for name in self.encoders if name in shown]
     if self._widget: self._widget.follow()
     return self
 
@@ -156,6 +200,11 @@ def _checked_layer(layer, num_layers):
     if isinstance(layer, int) and 0 <= layer < num_layers: return layer
     blocks = f" or a block number from 0 to {num_layers - 1}" if num_layers else ""
     raise ValueError(f"layer={layer!r}: expected 'given'{blocks}")
+
+def _checked_rank(rank, max_rank):
+    if rank == "all" or isinstance(rank, int) and 0 <= rank <= max_rank: return rank
+    if not max_rank: raise ValueError(f"rank={rank!r}: expected 'all', since no encoder has a basis")
+    raise ValueError(f"rank={rank!r}: expected 'all' or a number of directions from 0 to {max_rank}")
 
 # %% ../nbs/02m_explorer.ipynb #c028
 def explore(
@@ -179,14 +228,48 @@ def explore(
 # %% ../nbs/02m_explorer.ipynb #c036
 @patch
 def figure(self:Explorer):
-    "Returns a figure of what is chosen: the query (and target), then the map of each encoder shown, in rows."
-    names = [self.query] if self._target is None else [self.query, self.target]
-    maps = {}
-    for name, values in self.similarity().items():
-        label = self._label(name)
-        maps[f"{name}, {label}" if label else name] = [values]
-    return draw_similarity(maps, [self.images[name] for name in names], [self.point], self.center, names)
+    "Returns a figure of what is chosen: the image and the maps of all encoders shown, for two images twice."
+    if self._target is not None: return self._two_rows()
+    maps = {self._title(name): [values] for name, values in self.similarity().items()}
+    return draw_similarity(maps, [self.images[self.query]], [self.point], self.center, [self.query])
 
+@patch
+def _title(self:Explorer, name, between=", "):
+    label = self._label(name)
+    return f"{name}{between}{label}" if label else name
+
+# %% ../nbs/02m_explorer.ipynb #s003
+@patch
+def _two_rows(self:Explorer):
+    columns, names = 1 + len(self.shown), [self.query, self.target]
+    ratios = [image.shape[2] / image.shape[1] for image in (self.images[name] for name in names)]
+    size = 1.9 * columns * max(ratios) + .8, 4.4
+    fig, axes = plt.subplots(2, columns, figsize=size, squeeze=False, layout="constrained")
+    plt.close(fig)   # a notebook shows what a cell returns
+    for row, image, mark in zip(axes, names, ("dot", "ring")):
+        drawn = self._draw_row(row, image, mark)
+        row[0].set_ylabel(image)
+    for ax, name in zip(axes[0, 1:], self.shown): ax.set_title(self._title(name, "\n"), fontsize=9)
+    bar = fig.colorbar(drawn, ax=axes, aspect=24, pad=.02)
+    bar.set_label("cosine similarity" + " (mean removed)" * self.center, fontsize=8)
+    fig.supxlabel("ring: the place in the second image where the point is in the first", fontsize=8)
+    return fig
+
+@patch
+def _draw_row(self:Explorer, axes, image, mark):
+    "An image and the maps over it, with the point, or a ring at its place."
+    _, height, width = self.images[image].shape
+    extent = dict(extent=(0, width, height, 0), interpolation="nearest")
+    axes[0].imshow(self.images[image].permute(1, 2, 0).numpy(), **extent)
+    for ax, values in zip(axes[1:], self.similarity(image).values()):
+        drawn = ax.imshow(values.numpy(), **extent, **SIMILARITY_SCALE)
+    look = dict(mfc="white", ms=5) if mark == "dot" else dict(mfc="none", ms=9, mew=1.5)
+    for ax in axes:
+        ax.plot(self.at[0] * width, self.at[1] * height, "o", mec="black", **look)
+        ax.set(xticks=[], yticks=[])
+    return drawn
+
+# %% ../nbs/02m_explorer.ipynb #s004
 @patch
 def png(self:Explorer) -> bytes:
     "Returns `figure()` as the bytes of a PNG file."
@@ -207,27 +290,30 @@ def save(self:Explorer,
 def _choice(self:Explorer):
     "What is chosen, as the browser has it."
     images = dict(query=self.query, target=self._target or "")
-    return dict(images, at=list(self.at), layer=self.layer, shown=self.shown)
+    rank = self.max_rank if self.rank == "all" else self.rank
+    return dict(images, at=list(self.at), layer=self.layer, rank=rank, shown=self.shown)
 
 @patch
-def _choose(self:Explorer, at, query, target, layer, shown):
+def _choose(self:Explorer, at, query, target, layer, rank, shown):
     self.query, self.layer, self.shown, self.at = query, layer, shown, tuple(at)
+    self.rank = "all" if rank == self.max_rank else rank
     self._target = None if target in ("", query) else target
 
 @patch
 def _answer(self:Explorer):
-    "The maps of what is chosen, for the browser."
-    grids = {name: tuple(z.shape[:2]) for name, z in self._unit_tokens(self.query).items()}
-    maps = [self._map_message(name, values, grids[name]) for name, values in self.similarity().items()]
-    height, width = self.images[self.target].shape[1:]
-    return dict(self._choice(), error="", size=[width, height], maps=maps)
+    "The maps of what is chosen, for the browser: a row for each image."
+    names = [self.query] if self._target is None else [self.query, self.target]
+    return dict(self._choice(), error="", rows=[self._row_message(name) for name in names])
 
 @patch
-def _map_message(self:Explorer, name, values, query_grid):
-    cell = list(cell_at(self.at, (1, 1), query_grid))
-    grids = dict(grid=list(values.shape), query_grid=list(query_grid))
-    numbers = values.numpy().astype("<f4").tobytes()
-    return dict(grids, name=name, label=self._label(name), cell=cell, values=numbers)
+def _row_message(self:Explorer, image):
+    "An image's maps: name, label, grid, the cell at the place of the point, and the values as bytes."
+    maps, (height, width) = [], self.images[image].shape[1:]
+    for name, values in self.similarity(image).items():
+        about = dict(name=name, label=self._label(name), grid=list(values.shape))
+        cell = list(cell_at(self.at, (1, 1), values.shape))
+        maps.append(dict(about, cell=cell, values=values.numpy().astype("<f4").tobytes()))
+    return dict(image=image, size=[width, height], maps=maps)
 
 # %% ../nbs/02m_explorer.ipynb #c064
 class ExplorerWidget(anywidget.AnyWidget):
@@ -246,7 +332,7 @@ class ExplorerWidget(anywidget.AnyWidget):
         e = explorer
         scale = "cosine similarity" + ", mean removed" * e.center
         names = dict(images=list(e.images), encoders=list(e.encoders))
-        about = dict(names, layers=e.num_layers, scale=scale, width=e.width)
+        about = dict(names, layers=e.num_layers, rank=e.max_rank, scale=scale, width=e.width)
         pictures = {name: _compressed(image, 2 * e.width) for name, image in e.images.items()}
         state = dict(choice=e._choice(), answer=e._answer())
         super().__init__(pictures=pictures, about=about, colors=_color_bytes(), **state)

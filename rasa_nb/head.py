@@ -29,6 +29,8 @@ class RASAHead(nn.Module, ModelHubMixin):
         projector,        # [D, D]
         offset=None,      # [gh, gw, D], or None
         metadata=None,    # plain values that say where it came from
+        basis=None,       # directions that the projector takes out [D, r], the strongest first, if known
+        scale=None,       # [D], in units of which the basis is orthonormal; None: those of the tokens
     ):
         super().__init__()
         if projector.ndim != 2 or projector.shape[0] != projector.shape[1]:
@@ -38,6 +40,7 @@ class RASAHead(nn.Module, ModelHubMixin):
         self.register_buffer("projector", projector.float())
         self.register_buffer("offset", None if offset is None else offset.float())
         self.metadata = dict(metadata or {})
+        self._learned = dict(basis=basis, scale=scale)   # no part of the map, nor of its fingerprint
 
     @property
     def embed_dim(self): return len(self.projector)
@@ -59,11 +62,40 @@ class RASAHead(nn.Module, ModelHubMixin):
         image = F.interpolate(image, tuple(grid_size), mode="bicubic", align_corners=False)
         return image[0].permute(1, 2, 0)
 
+# %% ../nbs/02a_head.ipynb #k102
+@patch
+def _factors(self:RASAHead):
+    "Matrices [D, r] whose product, the second transposed, is what the basis takes out."
+    basis, scale = (self._learned[name] for name in ("basis", "scale"))
+    basis = basis.to(self.projector)
+    if scale is None: return basis, basis
+    unit = torch.where(scale > 0, scale, 1.).to(self.projector)[:, None]
+    return unit * basis, basis / unit
+
+@patch(as_prop=True)
+def max_rank(self:RASAHead) -> int:
+    "How many directions can be taken out one by one; 0 where the projector is not that of a basis."
+    if self._learned["basis"] is None: return 0
+    left, right = self._factors()
+    rest = torch.eye(self.embed_dim, device=left.device) - left @ right.T
+    same = torch.allclose(rest, self.projector, rtol=1e-3, atol=1e-4)
+    return left.shape[1] if same else 0
+
+@patch
+def remove(self:RASAHead,
+    patch_tokens,    # [B, gh, gw, D]
+    rank:int,        # directions, from 0 to `max_rank`, where the tokens are those of the head
+) -> torch.Tensor:
+    "Returns the tokens without the first directions of the basis, the strongest."
+    if self.offset is not None: patch_tokens = patch_tokens - self.offset_at(patch_tokens.shape[1:3])
+    left, right = (factor[:, :rank] for factor in self._factors())
+    return patch_tokens - patch_tokens @ right @ left.T
+
 # %% ../nbs/02a_head.ipynb #c011
 @patch
 def save(self:RASAHead, path):
     "Writes the head to a safetensors file, whole or not at all."
-    write_safetensors(path, self.state_dict(), "rasa_nb.head.1", self.metadata)
+    write_safetensors(path, self.state_dict() | self._learned, "rasa_nb.head.1", self.metadata)
 
 @patch(cls_method=True)
 def load(cls:RASAHead, path):
@@ -71,7 +103,8 @@ def load(cls:RASAHead, path):
     try: tensors, metadata = read_safetensors(path, "rasa_nb.head.1")
     except ValueError as e:
         raise ValueError(f"{e}; a head that others released is read by load_released_head(path)") from e
-    return cls(tensors["projector"], tensors.get("offset"), metadata)
+    rest = {name: tensors.get(name) for name in ("offset", "basis", "scale")}
+    return cls(tensors["projector"], metadata=metadata, **rest)
 
 # %% ../nbs/02a_head.ipynb #h0000002
 @patch

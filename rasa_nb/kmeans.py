@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 
 # %% ../nbs/02f_kmeans.ipynb #c004
-from .moments import Moments, channel_scale, inverse_scale
+from .moments import Moments, channel_scale, full_precision, inverse_scale
 from .head import moments_after
 
 # %% ../nbs/02f_kmeans.ipynb #c007
@@ -149,9 +149,6 @@ def draw_points(
             weight = row_weight[row] * column_weight[column]
             points.addcmul_(weight[:, None], maps[image, rows[row], columns[column]])
     return points
-
-# %% ../nbs/02f_kmeans.ipynb #kstandin
-def full_precision(device): return torch.autocast(device.type, enabled=False)
 
 # %% ../nbs/02f_kmeans.ipynb #k001
 def distances_to(

@@ -22,7 +22,7 @@ from sklearn.base import BaseEstimator, clone
 from .data import as_data
 from .reading import Reading
 from .patch_encoder import check_image_size
-from .store import read_safetensors, token_store, write_safetensors
+from .store import read_safetensors, token_store
 from .moments import Moments, collect_moments, describe_fit, inverse_scale
 from .moments import orthonormal_targets, position_targets, ridge_r2
 from .head import DebiasedEncoder, RASAHead
@@ -203,7 +203,8 @@ class PositionRemover(BaseEstimator):
         params = {name: _plain(value) for name, value in self.get_params(deep=False).items()}
         metadata = dict(method=type(self).__name__, params=params, fitted_on=source)
         if getattr(self, "left_", None) is not None: metadata["left"] = self.left_
-        self.head_ = RASAHead(projector, offset, metadata)
+        learned = dict(basis=getattr(self, "basis_", None), scale=getattr(self, "scale_", None))
+        self.head_ = RASAHead(projector, offset, metadata, **learned)
         return self
 
 def _plain(value):
@@ -271,10 +272,7 @@ def attach(self:PositionRemover,
 @patch
 def save(self:PositionRemover, path):
     "Writes parameters, head, basis and scale to a safetensors file, whole or not at all."
-    head = self.fitted_head()
-    learned = dict(basis=getattr(self, "basis_", None), scale=getattr(self, "scale_", None))
-    tensors = head.state_dict() | learned
-    write_safetensors(path, tensors, "rasa_nb.head.1", head.metadata)
+    self.fitted_head().save(path)
 
 # %% ../nbs/02b_rasa.ipynb #c010
 @patch(cls_method=True)
@@ -282,7 +280,7 @@ def load(cls:PositionRemover, path):
     "Returns the method that `save` wrote: parameters, head, basis and scale, which older files lack."
     tensors, metadata = read_safetensors(path, "rasa_nb.head.1")
     self = cls(**cls.read_params(metadata, path))
-    self.head_ = RASAHead(tensors["projector"], tensors.get("offset"), metadata)
+    self.head_ = RASAHead.load(path)
     for name in ("basis", "scale"):
         if name in tensors: setattr(self, f"{name}_", tensors[name])
     if "left" in metadata: self.left_ = metadata["left"]

@@ -91,11 +91,16 @@ def _check_record(record):
     return record["data"]["images"], record["protocol"]["name"], record["parameters"]["model"], fitted
 
 def _scores(record):
-    "A row per k and K-means seed: before, after."
+    "A row per k and K-means seed: before, after, and both by names from other images, else nan."
     columns = ["encoder", "k", "seed", "miou"]
-    frame = pd.DataFrame([{c: score[c] for c in columns} for score in record["scores"]], columns=columns)
-    pairs = frame.pivot(index=["k", "seed"], columns="encoder", values="miou")
-    return pairs.reindex(columns=["before", "after"]).reset_index()
+    rows = [{name: score[name] for name in columns} for score in record["scores"]]
+    frame = pd.DataFrame(rows, columns=columns)
+    frame["held_out"] = [score.get("held_out") for score in record["scores"]]
+    def pairs(score):
+        wide = frame.pivot(index=["k", "seed"], columns="encoder", values=score)
+        return wide.reindex(columns=["before", "after"])
+    held_out = pairs("held_out").astype(float).add_suffix("_held_out")
+    return pd.concat([pairs("miou"), held_out], axis=1).reset_index()
 
 # %% ../nbs/04_report.ipynb #c017
 # images of the whole split
@@ -144,14 +149,19 @@ def table(self:Setting):
     return pd.DataFrame([_row(k, some) for k, some in self.scores.groupby("k")]).set_index("k")
 
 def _row(k, scores):
-    change = scores.after - scores.before
-    d, fits = change.groupby(scores.seed).mean(), change.groupby(scores.fit).mean()
+    fits = (scores.after - scores.before).groupby(scores.fit).mean()
+    counts = dict(seeds=scores.seed.nunique(), fits=len(fits), between_fits=fits.std(ddof=0))
+    held_out = scores.assign(before=scores.before_held_out, after=scores.after_held_out)
+    beside = {f"{name}_held_out": value for name, value in _spreads(held_out).items()}
+    return dict(k=k) | _spreads(scores) | counts | beside
+
+def _spreads(scores):
+    "Means before and after with their std, and the paired difference with its interval."
+    d = (scores.after - scores.before).groupby(scores.seed).mean()
     half = stats.t.ppf(.975, len(d) - 1) * d.std() / len(d)**.5 if len(d) > 1 else np.nan
     before = dict(before=scores.before.mean(), before_std=scores.before.std(ddof=0))
     after = dict(after=scores.after.mean(), after_std=scores.after.std(ddof=0))
-    interval = dict(difference=d.mean(), low=d.mean() - half, high=d.mean() + half)
-    counts = dict(seeds=len(d), fits=len(fits), between_fits=fits.std(ddof=0))
-    return dict(k=k) | before | after | interval | counts
+    return before | after | dict(difference=d.mean(), low=d.mean() - half, high=d.mean() + half)
 
 # %% ../nbs/04_report.ipynb #m019
 @patch(as_prop=True)
@@ -229,6 +239,7 @@ PUBLISHED = _franca() + _earlier()
 def same_protocol(a:Protocol, b:Protocol) -> bool:
     "Returns whether two protocols agree in all that moves the number, K and seeds aside."
     aside = dict(name="", k=None, seeds=(), images=None)
+    aside |= dict(library="auto", folds=5, fold_seed=0, draws=200)   # nothing that others published
     return a.replace(**aside) == b.replace(**aside)
 
 def published_for(
@@ -284,12 +295,12 @@ def _cells(setting, published):
     "The table of a setting as text."
     beside, table = published_for(setting, published)[0], setting.table
     rows = []
-    for r in table.itertuples():
-        scores = {"val mIoU": _spread(r.before, r.before_std, r.seeds),
-                  "RASA val mIoU": _spread(r.after, r.after_std, r.seeds * r.fits),
-                  "difference": _interval(r)}
-        rows.append({"K": str(r.Index)} | scores)
-    cells = pd.DataFrame(rows)
+    for r in table.to_dict("index").values():
+        scores = _score_cells(r, "val mIoU")
+        if not np.isnan(r["before_held_out"]): scores |= _score_cells(r, "held out", "_held_out")
+        rows.append(scores)
+    cells = pd.DataFrame(rows).fillna("")
+    cells.insert(0, "K", table.index.map(str))
     if set(beside) & set(table.index):
         published = [beside.get(k) for k in table.index]
         cells["published val mIoU"] = [f"{p.before:.1f}" if p else "" for p in published]
@@ -297,9 +308,14 @@ def _cells(setting, published):
 
 def _spread(mean, std, n): return f"{mean:.1f} ± {std:.1f}" if n > 1 else f"{mean:.1f}"
 
-def _interval(row):
-    if np.isnan(row.low): return f"{row.difference:+.1f}"
-    return f"{row.difference:+.1f} [{row.low:+.1f}, {row.high:+.1f}]"
+def _score_cells(row, title, ending=""):
+    "Before, after and the difference, by names from the same images or, `_held_out`, from others."
+    before, after = (_spread(row[f"{name}{ending}"], row[f"{name}_std{ending}"], row["seeds"] * fits)
+                     for name, fits in (("before", 1), ("after", row["fits"])))
+    difference, low, high = (row[name + ending] for name in ("difference", "low", "high"))
+    interval = "" if np.isnan(low) else f" [{low:+.1f}, {high:+.1f}]"
+    named = "difference" if not ending else f"difference, {title}"
+    return {title: before, f"RASA {title}": after, named: f"{difference:+.1f}{interval}"}
 
 def _caption(setting):
     t, p, r2 = setting.table, setting.protocol, setting.r2
@@ -308,7 +324,8 @@ def _caption(setting):
     images = f"{setting.data['name']}, {setting.data['images']} images"
     said = [images, f"protocol {p.name} at {p.image_size} px", f"{seeds} K-means seed" + "s" * (seeds > 1),
             f"{fits} fit" + "s" * (fits > 1) + between]
-    return (f"{', '.join(said)}. mIoU in percent, mean ± std; "
+    held_out = "" if t.before_held_out.isna().all() else "; held out: clusters named on other images"
+    return (f"{', '.join(said)}. mIoU in percent, mean ± std{held_out}; "
             "difference paired over seeds, with its 95 % interval. "
             f"Position R² {r2['before']:.2f} before, {r2['after']:.2f} after.")
 

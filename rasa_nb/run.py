@@ -8,7 +8,7 @@ __all__ = ['METHODS', 'Config', 'plain_name', 'check_names', 'run_folder', 'chec
            'read_options', 'process_group', 'main']
 
 # %% ../nbs/02o_run.ipynb #c006
-import difflib, json, os, platform, re, sys, time
+import difflib, html, json, os, platform, re, sys, time
 from argparse import ArgumentParser, BooleanOptionalAction
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
@@ -276,8 +276,12 @@ class Fitted:
     def title(self):
         return f"{self.config.model}, {self.config.method}, on {self.data.name} ({len(self.data)} images)"
 
-    def __repr__(self): return f"{self.title}\n{self.table.to_string()}"
-    def _repr_html_(self): return f"<p>{self.title}</p>{self.table.to_html(border=0)}"
+    notes = ()   # sentences below the table
+
+    def __repr__(self): return "\n".join([self.title, self.table.to_string(), *self.notes])
+    def _repr_html_(self):
+        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
+        return f"<p>{self.title}</p>{self.table.to_html(border=0)}{notes}"
 
 @patch(as_prop=True)
 def table(self:Fitted):
@@ -331,16 +335,22 @@ class Run(Fitted):
 
 @patch(as_prop=True)
 def table(self:Run):
-    "Position R², and the mIoU (%) of each k, mean ± std over seeds: before, after, change [95 %]."
+    """Position R², and both scores (%) of each k, mean ± std over seeds: before, after, change.
+    A change has two 95 % intervals, over seeds and over images."""
     import pandas as pd
+    from rasa_nb.segmentation import change_text
     scores, rows = self.result.table, {}
+    kinds = {"mIoU": ("mean", "std", ""), "held out": ("held_out", "held_out_std", "held_out_")}
     for c in self.result.change.itertuples():
-        mean, std = (scores[c.k][name] for name in ("mean", "std"))
-        row = {name: f"{mean[name]:.1f} ± {std[name]:.1f}" for name in self.encoders}
-        interval = f" [{c.low:+.1f}, {c.high:+.1f}]" if c.seeds > 1 else ""
-        rows[f"mIoU, {c.k} clusters"] = row | dict(change=f"{c.mean:+.1f}{interval}")
+        for title, (mean, std, kind) in kinds.items():
+            mean, std = scores[c.k][mean], scores[c.k][std]
+            row = {name: f"{mean[name]:.1f} ± {std[name]:.1f}" for name in self.encoders}
+            rows[f"{title}, {c.k} clusters"] = row | dict(change=change_text(c, kind))
     first = Fitted.table.fget(self)
     return pd.concat([first, pd.DataFrame.from_dict(rows, orient="index")])
+
+@patch(as_prop=True)
+def notes(self:Run): return self.result.notes
 
 # %% ../nbs/02o_run.ipynb #c0f3
 def score_run(
@@ -416,19 +426,23 @@ def run_record(
     run,    # of `train`
 ) -> dict:
     "Returns parameters, scores, times and versions of a run as plain values: what `run.json` holds."
-    encoder, scores = run.encoder, run.result.to_dict()["scores"]
+    encoder, told, frame = run.encoder, run.result.to_dict(), run.result.frame
+    beside = {name: told[name] for name in ("scores", "change", "controls", "notes")}
     return dict(
         format="rasa_nb.run.1", finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         parameters=asdict(run.config), identity=run.identity, protocol=asdict(run.result.protocol),
         data=run.result.data, absent_classes=run.result.absent,
         encoder={name: getattr(encoder, name) for name in ("name", "license", "embed_dim", "patch_size")},
         head=run.debiased.head.metadata, position_r2=run.r2.to_dict(),
-        miou=_miou_record(run.result.frame), scores=scores, stages=run.stages, **_circumstances(encoder))
+        miou=_score_record(frame, "miou"), held_out=_score_record(frame, "held_out"), **beside,
+        stages=run.stages, **_circumstances(encoder))
 
-def _miou_record(frame):
-    "mIoU per encoder and k: mean, std and every seed."
-    def summary(miou): return dict(mean=miou.mean(), std=miou.std(ddof=0), per_seed=miou.tolist())
-    return {name: {str(k): summary(g.miou) for k, g in one.groupby("k")}
+def _score_record(frame, column):
+    "A score per encoder and k: mean, std and every seed; None where it is nan."
+    def summary(score):
+        if score.isna().any(): return None
+        return dict(mean=score.mean(), std=score.std(ddof=0), per_seed=score.tolist())
+    return {name: {str(k): summary(some[column]) for k, some in one.groupby("k")}
             for name, one in frame.groupby("encoder", sort=False)}
 
 # %% ../nbs/02o_run.ipynb #c0h1

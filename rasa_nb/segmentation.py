@@ -6,7 +6,7 @@
 __all__ = ['STORES', 'CELLS', 'overcluster', 'settle_library', 'estimate_memory', 'choose_store', 'Run', 'count_maps',
            'label_maps', 'Share', 'gather', 'each_centers', 'cluster_runs', 'whole_run', 'name_cells', 'cell_runs',
            'Encoded', 'encode_split', 'run_files', 'write_run', 'read_run', 'read_runs', 'make_runs',
-           'OverclusterResult', 'class_colors', 'overcluster_tokens']
+           'OverclusterResult', 'change_text', 'class_colors', 'overcluster_tokens']
 
 # %% ../nbs/02h_segmentation.ipynb #i001
 import hashlib, html, json, math, os, tempfile, textwrap, zipfile
@@ -160,12 +160,22 @@ def count_maps(
     rows, columns = (middle_pixels(n, cells) for n, cells in zip(masks.shape[1:], grid_size))
     def middle(maps): return maps[:, rows][:, :, columns].flatten(1)
     counts, patches, start = [], [], 0
-    for labels in parts:
+    for labels in _several(parts, images_per_chunk(max(masks[0].numel(), k * num_classes))):
         truth = masks[start:start + len(labels)]
         counts.append(count_images(labels, truth, k, num_classes, ignore_index))
         patches.append(torch.where(middle(truth) == ignore_index, -1, middle(labels)).int())
         start += len(labels)
     return Counts.stack(counts), torch.cat(patches)
+
+def _several(parts, images):
+    "Puts label maps together, of so many images at a time or more."
+    some = []
+    for labels in parts:
+        some.append(labels)
+        if sum(map(len, some)) >= images:
+            yield torch.cat(some)
+            some = []
+    if some: yield torch.cat(some)
 
 def label_maps(
     maps, centers, size, upsampled:bool, device="cpu",   # as in `nearest_centers`
@@ -654,8 +664,8 @@ def _above_zero(*bounds):
 @patch
 def _lost(self:OverclusterResult, row):
     said = [f"{row.encoder}, K={row.k}: the gain does not carry over to other images.",
-            f"Named on the images that are scored, clusters gain {_interval(row)};",
-            f"named on other images, {_interval(row, 'held_out_')}."]
+            f"Named on the images that are scored, clusters gain {change_text(row)};",
+            f"named on other images, {change_text(row, 'held_out_')}."]
     nmi = self.frame[self.frame.k == row.k].groupby("encoder").nmi_image.mean()
     before, after = nmi[self.encoders[0]], nmi[row.encoder]
     if round(after, 2) > round(before, 2):
@@ -690,7 +700,7 @@ def _told(self:OverclusterResult, name, k):
     row |= {"mIoU": _mean_and_std(runs.miou), "held out": _mean_and_std(runs.held_out)}
     moved = self.change[(self.change.encoder == name) & (self.change.k == k)]
     for change in moved.itertuples():
-        row |= {"change": _interval(change), "change, held out": _interval(change, "held_out_")}
+        row |= {"change": change_text(change), "change, held out": change_text(change, "held_out_")}
     if len(self.class_set(True)) < len(self.class_set()):
         row |= {"mIoU, common": f"{runs.miou_common.mean():.1f}"}
         row |= {"held out, common": f"{runs.held_out_common.mean():.1f}"}
@@ -713,8 +723,11 @@ def _told_control(self:OverclusterResult, control):
 
 def _mean_and_std(scores): return f"{scores.mean():.1f} ± {scores.std(ddof=0):.1f}"
 
-def _interval(row, score=""):
-    "A change as text, with its interval over seeds and then over images, as far as it has them."
+def change_text(
+    row,        # of `OverclusterResult.change`
+    score="",   # "": of the published column; "held_out_": of the other
+) -> str:
+    "Returns a change as text, with its interval over seeds and then over images, as far as it has them."
     bounds = [[getattr(row, f"{score}{over}{end}") for end in ("low", "high")] for over in ("", "images_")]
     said = [f"[{low:+.1f}, {high:+.1f}]" for low, high in bounds if low == low]
     return " ".join([f"{row.held_out if score else row.mean:+.1f}", *said])

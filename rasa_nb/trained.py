@@ -118,7 +118,7 @@ def _unit_targets(targets):
 def _check(self:TrainedRASA, embed_dim, n_targets):
     if self.basis not in ("global", "pairwise"):
         raise ValueError(f"basis={self.basis!r}: expected 'global' or 'pairwise'")
-    most = embed_dim // n_targets
+    most = (embed_dim - 1) // n_targets    # as many as leave something
     if 1 <= self.n_heads <= most: return
     each = f"since each head takes {n_targets} of the {embed_dim} dimensions"
     raise ValueError(f"n_heads={self.n_heads}: expected 1 to {most}, {each}")

@@ -378,13 +378,24 @@ def test_a_file_is_hashed_once_and_while_it_is_decoded(image_folders, tmp_path, 
     assert list(map(file_content, data.files)) == named and not read
 
 
+def test_workers_tell_what_they_have_hashed(image_folders, tmp_path, monkeypatch):
+    settle(monkeypatch)
+    monkeypatch.setenv("RASA_NB_CACHE", str(tmp_path / "memory"))
+    data = ImageFolder(image_folders / "images")
+    list(batches(Reading(16).apply(data), Reading(num_workers=2, batch_size=1)))
+    expected = [rasa_nb.data._hash(path.read_bytes()) for path in data.files]
+    monkeypatch.setattr(rasa_nb.data, "_hash", lambda data: "read again")
+    content(data)
+    assert list(map(file_content, data.files)) == expected
+
+
 def test_hashes_are_kept_where_they_can_be(image_folders, tmp_path, monkeypatch):
     settle(monkeypatch)
     expected = content(ImageFolder(image_folders / "images"))
     (tmp_path / "file").write_text("no folder")
     damaged = tmp_path / "damaged/contents.jsonl"
     damaged.parent.mkdir()
-    damaged.write_bytes(b'{"\n[1]\n\xff\n["half')
+    damaged.write_bytes(b'{"\n[1]\n7\n[[], 1, 2]\n["a", 1, 2]\n\xff\n["half')
     def homeless(): raise RuntimeError("no home")
     monkeypatch.setattr(Path, "home", homeless)
     for place in (tmp_path / "file", damaged.parent, ""):

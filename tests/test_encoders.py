@@ -239,6 +239,7 @@ def halved(model, images): return model(images).permute(0, 2, 3, 1)[:, ::2]
 POOL = nn.AvgPool2d(8)
 REFUSED = {
     "crossvit_tiny_240": (dict(pretrained=False), TypeError, r"CrossVit ends in 2 grids .* expected one: give"),
+    "levit_128s": (dict(pretrained=False), TypeError, "LevitDistilled has no whole patches for 192 x"),
     "coat_tiny": (dict(pretrained=False), TypeError, "CoaT ends in 3 grids"),
     "xcit_nano_12_p16_224": (dict(pretrained=False, layer=3), ValueError, "no plain ViT, and layer, norm and"),
     "a/b": (dict(checkpoint="w.pth"), ValueError, "for transformers give the folder"),

@@ -16,7 +16,9 @@ from rasa_nb.baselines import ShiftAverage
 from rasa_nb.explorer import explore
 from rasa_nb.head import DebiasedEncoder, RASAHead
 from rasa_nb.patch_encoder import PatchEncoder
+from rasa_nb.rasa import RASA
 from rasa_nb.scenes import Scenes
+from rasa_nb.store import fingerprint
 from rasa_nb.visualize import SIMILARITY_CMAP, patch_similarity, similarity_maps
 
 
@@ -36,12 +38,13 @@ def scenes(): return [Scenes("val")[i][0] for i in range(2)]
 
 def sent(explorer, name):
     "The map of an encoder as the browser reads it."
-    m = next(m for m in explorer.widget.answer["maps"] if m["name"] == name)
+    m = next(m for m in maps_of(explorer) if m["name"] == name)
     return np.frombuffer(m["values"], "<f4").reshape(m["grid"])
 
 
-def cells(explorer): return {m["name"]: tuple(m["cell"]) for m in explorer.widget.answer["maps"]}
-def labels(explorer): return [m["label"] for m in explorer.widget.answer["maps"]]
+def maps_of(explorer): return explorer.widget.answer["rows"][-1]["maps"]
+def cells(explorer): return {m["name"]: tuple(m["cell"]) for m in maps_of(explorer)}
+def labels(explorer): return [m["label"] for m in maps_of(explorer)]
 
 
 # Maps
@@ -102,6 +105,80 @@ def test_an_image_is_encoded_once(scenes):
     assert len(calls) == 2
 
 
+# Directions removed
+
+def leaky(d=24):
+    "An encoder whose tokens tell row and column along two directions, loudly, and the head that takes them out."
+    conv, draw = nn.Conv2d(3, d, 8, 8), torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(d, 2, generator=draw))[0]
+    scale = 10 ** (2 * torch.rand(d, generator=draw) - 1)
+    def tokens(model, x):
+        z = model(x).permute(0, 2, 3, 1)
+        rows, columns = torch.meshgrid(*(torch.linspace(-1, 1, n) for n in z.shape[1:3]), indexing="ij")
+        place = torch.stack([20 * rows, 5 * columns], -1)
+        return scale * (z / z.std() + place @ basis.T)
+    encoder = PatchEncoder(conv, tokens, d, 8, 96, name="leaky")
+    projector = torch.eye(d) - scale[:, None] * (basis @ basis.T) / scale
+    return encoder, RASAHead(projector, basis=basis, scale=scale)
+
+
+@pytest.fixture
+def slider():
+    "Two images of noise, by the leaky encoder and without its directions."
+    encoder, head = leaky()
+    noise = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(1))
+    encoders = {"raw": encoder, "debiased": DebiasedEncoder(encoder, head)}
+    return explore({"a": noise[0], "b": noise[1]}, encoders, point=(20, 12)).select(target="b")
+
+
+def test_maps_of_every_rank_are_those_of_a_head_that_removes_as_many(slider):
+    encoder, learned = slider.encoders["raw"], slider.encoders["debiased"].head._learned
+    basis, scale = learned["basis"], learned["scale"]
+    assert slider.max_rank == 2 and labels(slider) == ["", "2 of 2 directions removed"]
+    for rank in (0, 1, 2):
+        q = basis[:, :rank]
+        head = RASAHead(torch.eye(24) - scale[:, None] * (q @ q.T) / scale)
+        expected = explore(slider.images, DebiasedEncoder(encoder, head), point=(20, 12)).select(target="b")
+        found = slider.select(rank=rank).similarity()
+        assert torch.allclose(found["debiased"], *expected.similarity().values(), atol=1e-4)
+        assert torch.equal(found["raw"], slider.select(rank=0).similarity()["raw"])
+
+
+def test_a_hot_spot_in_an_unrelated_image_goes_with_the_directions(slider):
+    def by_row(rank): return slider.select(rank=rank).similarity()["debiased"].mean(1)
+    point_row, last = 1, 11
+    assert by_row(0)[point_row] > .5 and by_row(0)[last] < -.5
+    assert by_row(1).abs().max() < .4 and by_row(2).abs().max() < .4
+
+
+def test_the_head_keeps_its_directions_in_files_and_not_in_its_fingerprint(slider, tmp_path):
+    after = slider.encoders["debiased"]
+    after.head.save(tmp_path / "head.safetensors")
+    again = RASAHead.load(tmp_path / "head.safetensors")
+    assert again.max_rank == 2
+    bare = DebiasedEncoder(after.base, RASAHead(again.projector), after.name)
+    assert fingerprint(bare) == fingerprint(after) and bare.head.max_rank == 0
+
+
+def test_there_is_no_slider_without_directions_that_are_the_projector(tiny, scenes):
+    basis = torch.eye(tiny.embed_dim)[:, :2]
+    other = RASAHead(torch.eye(tiny.embed_dim), basis=basis)   # as where heads are not orthogonal to each other
+    empty = RASAHead(torch.eye(tiny.embed_dim), basis=basis[:, :0])
+    for encoder in (tiny, untouched(tiny), DebiasedEncoder(tiny, other), DebiasedEncoder(tiny, empty)):
+        explorer = explore(scenes[0], encoder)
+        assert explorer.max_rank == 0 and explorer.widget.about["rank"] == 0 and labels(explorer) == [""]
+
+
+def test_the_slider_of_a_fitted_method_begins_at_the_encoder_and_ends_at_the_method(tiny):
+    encoders = {"raw": tiny, "rasa": RASA(rank=3).fit(tiny, Scenes("train", 40)).attach(tiny)}
+    explorer = explore(Scenes("val")[0][0], encoders, point=(30, 30))
+    assert explorer.max_rank == 3
+    ends = [explorer.select(rank=rank).similarity() for rank in (0, 3)]
+    assert torch.allclose(ends[0]["rasa"], ends[0]["raw"], atol=1e-5)
+    expected = patch_similarity(encoders["rasa"](Scenes("val")[0][0][None] / 255)[0], (3, 3))
+    assert torch.allclose(ends[1]["rasa"], expected, atol=1e-4)
+
+
 # One road for pictures
 
 def transparent():
@@ -148,7 +225,8 @@ def test_a_choice_that_is_refused_changes_nothing(tiny, scenes):
             (dict(query="c"), "no image 'c': expected one of"),
             (dict(target="c", point=(5, 5)), "no image 'c': expected one of"),
             (dict(layer=6, query="b"), "from 0 to 5"), (dict(layer=-1), "from 0 to 5"),
-            (dict(layer="last"), "expected 'given'"), (dict(shown=["big"], query="b"), "no encoder 'big'")]:
+            (dict(layer="last"), "expected 'given'"), (dict(shown=["big"], query="b"), "no encoder 'big'"),
+            (dict(rank=1, query="b"), "expected 'all', since no encoder has a basis")]:
         with pytest.raises(ValueError, match=message): explorer.select(**change)
         assert explorer._choice() == before
 
@@ -162,6 +240,19 @@ def raw(x):
 
 
 def size_of(state): return sum(len(x) for x in raw(state)) + len(json.dumps(state, default=lambda b: ""))
+
+
+def test_a_move_of_the_slider_is_fast():
+    encoder, basis = project(8, 768, 256), torch.linalg.qr(torch.randn(768, 30))[0]
+    after = DebiasedEncoder(encoder, RASAHead(torch.eye(768) - basis @ basis.T, basis=basis))
+    images, times = list(torch.rand(2, 3, 256, 256)), []
+    widget = explore(images, {"raw": encoder, "debiased": after}).select(target="image 2").widget
+    for rank in range(30):
+        start = time.process_time()
+        widget.choice = dict(widget.choice, rank=rank)
+        times.append(time.process_time() - start)
+    assert widget.answer["rows"][1]["maps"][1]["label"] == "29 of 30 directions removed"
+    assert np.median(times) < .1
 
 
 def test_a_move_is_small_and_fast():
@@ -180,7 +271,8 @@ def test_a_move_is_small_and_fast():
 def test_the_widget_follows_python_and_python_the_widget(tiny, scenes):
     explorer = explore({"a": scenes[0], "b": scenes[1]}, {"tiny": tiny, "other": project(16)})
     widget = explorer.widget
-    widget.choice = dict(at=[.1, .9], query="b", target="a", layer=2, shown=["tiny"])
+    widget.choice = dict(at=[.1, .9], query="b", target="a", layer=2, rank=0, shown=["tiny"])
+    assert [row["image"] for row in widget.answer["rows"]] == ["b", "a"]
     assert (explorer.query, explorer.target, explorer.layer) == ("b", "a", 2)
     assert explorer.point == pytest.approx((9.6, 86.4)) and list(cells(explorer)) == ["tiny"]
     assert np.allclose(sent(explorer, "tiny"), explorer.similarity()["tiny"])
@@ -229,8 +321,11 @@ def test_the_files_of_the_widget_are_in_a_built_package(tmp_path):
 def test_the_figure_names_images_encoders_and_blocks(tiny, scenes, tmp_path):
     explorer = explore({"a": scenes[0], "b": scenes[1]}, {"tiny": tiny, "other": project(16)})
     fig = explorer.select((50, 20), target="b", layer=3).figure()
-    assert [ax.get_title() for ax in fig.axes[:3]] == ["a", "b", "similarity"]
-    assert [ax.get_ylabel() for ax in fig.axes[:6:3]] == ["tiny, block 3", "other, as given"]
+    assert [ax.get_title() for ax in fig.axes[1:3]] == ["tiny\nblock 3", "other\nas given"]
+    assert [ax.get_ylabel() for ax in fig.axes[:6:3]] == ["a", "b"]
+    for row, image in enumerate("ab"):
+        for column, values in enumerate(explorer.similarity(image).values(), 1):
+            assert np.allclose(fig.axes[3 * row + column].images[0].get_array(), values)
     for ending in ("pdf", "svg"):
         explorer.save(tmp_path / f"maps.{ending}")
         assert (tmp_path / f"maps.{ending}").stat().st_size > 1000

@@ -19,7 +19,7 @@ seeds = st.integers(0, 99)
 
 
 def largest_error(moments, tokens):
-    "Of the covariance, in units of the channels' standard deviations; numpy's two passes in float64 are right."
+    "Of the covariance, in units of the channels' standard deviations; numpy in float64 is right."
     right = torch.from_numpy(np.cov(tokens.double().flatten(0, 2).numpy().T, bias=True))
     std = right.diagonal().sqrt()
     return float(((moments.cov - right).abs() / std[:, None] / std).max())
@@ -121,7 +121,8 @@ def test_moments_of_earlier_versions_are_read(tmp_path):
     for ours, saved in ((m, new), (m.rest, new.rest), *zip(m.apart, new.apart)):
         assert torch.equal(ours.cov, saved.cov) and ours.count == saved.count
     write_safetensors(tmp_path / "head.safetensors", sums, "rasa_nb.head.1", source)
-    with pytest.raises(ValueError, match="is no rasa_nb.moments.2 file"): Moments.load(tmp_path / "head.safetensors")
+    with pytest.raises(ValueError, match="is no rasa_nb.moments.2 file"):
+        Moments.load(tmp_path / "head.safetensors")
 
 
 @pytest.mark.parametrize("share", [0., .2, .8])

@@ -18,7 +18,7 @@ from rasa_nb.reading import Reading
 from rasa_nb.encoders import from_timm, load_encoder
 from rasa_nb.head import DebiasedEncoder, RASAHead
 from rasa_nb.patch_encoder import FitSize, PatchEncoder, ViTEncoder, WrappedEncoder, block_tokens
-from rasa_nb.patch_encoder import check_image_size, hub_parts, probe, probe_text, probes_agree, resample
+from rasa_nb.patch_encoder import check_image_size, hub_parts, one_side, probe, probe_text, probes_agree, resample
 from rasa_nb.patch_encoder import timm_parts, transformers_parts
 from rasa_nb.scenes import Scenes
 from rasa_nb.store import SharedTokens
@@ -101,6 +101,14 @@ def test_images_out_of_range_are_warned_of_once():
         encoder(torch.randn(1, 3, 96, 96))
 
 
+def test_mean_and_std_are_one_number_or_three():
+    encoder, images = mean_color(mean=.5, std=torch.tensor([.1, .2, .3])), torch.rand(1, 3, 96, 96)
+    assert_close(encoder.normalize(images)[:, 1], (images[:, 1] - .5) / .2, 1e-6)
+    for name, wrong in (("std", 0), ("std", (.1, .2)), ("mean", float("nan"))):
+        with pytest.raises(ValueError, match=f"{name}=.*: expected a number, or one for each of 3 channels"):
+            mean_color(**{name: wrong})
+
+
 def no_norm(model):
     parts = timm_parts(model)
     parts.norm = None
@@ -123,6 +131,7 @@ REFUSED = {
     "the same without a learned position": (cubic_where_position_is_rotary, ValueError, "resampling='cubic'"),
     "no block at all": (lambda e: e.at([]), ValueError, "expected block numbers between -3 and 2"),
     "no ViT of timm": (lambda e: timm_parts(nn.Conv2d(3, 8, 3)), TypeError, "no blocks or patch_embed"),
+    "patches that are no squares": (lambda e: one_side((16, 8), "patches"), ValueError, "patches of 16 x 8 pixels"),
     "no ViT of DINO": (lambda e: hub_parts(nn.Conv2d(3, 8, 3)), TypeError, "no blocks, norm, patch_embed"),
     "a model of one size": (beit_at_another_size, ValueError, r"images of \(224, 224\) only, got \(64, 64\)"),
     "an unknown way to fit": (lambda e: FitSize("stretch", 14), ValueError, "expected 'resize', 'crop' or"),
@@ -165,6 +174,24 @@ def test_padding_repeats_the_edge_and_counts_nowhere():
     assert torch.equal(fitted[:, :100, :60], image) and torch.equal(fitted_mask[:100, :60], mask)
     assert torch.equal(fitted[:, 100:, :60], image[:, 99:].expand(3, 12, 60))
     assert (fitted_mask[100:] == 255).all() and (fitted_mask[:, 60:] == 255).all()
+
+
+@pytest.mark.parametrize("ignore_index, dtype", [(0, torch.uint8), (20, torch.uint8), (-1, torch.int64),
+                                                 (65535, torch.int32)])
+def test_padding_counts_nowhere_for_any_ignore_index(ignore_index, dtype):
+    mask = torch.randint(1, 12, (100, 60)).to(dtype)
+    fit = mean_color(patch_size=16).fit_size("pad", ignore_index)
+    _, fitted = fit(torch.rand(3, 100, 60), mask)
+    assert fitted.dtype == dtype and torch.equal(fitted[:100, :60], mask)
+    assert (fitted[100:] == ignore_index).all() and (fitted[:, 60:] == ignore_index).all()
+
+
+@pytest.mark.parametrize("ignore_index", [None, -1, 300])
+def test_padding_that_a_mask_cannot_mark_is_refused(ignore_index):
+    fit, mask = FitSize("pad", 16, ignore_index), torch.zeros(100, 60, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=f"ignore_index={ignore_index}: .* from 0 to 255 that no score counts"):
+        fit(torch.rand(3, 100, 60), mask)
+    assert fit(torch.rand(3, 100, 60)).shape == (3, 112, 64)   # an image alone needs none
 
 
 # Resampling, against formulas written down anew

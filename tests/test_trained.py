@@ -18,7 +18,7 @@ from rasa_nb.trained import TrainedRASA, leak_of, load_released_head
 def color_encoder(calls, model=None):
     "An encoder whose tokens are the colors of patches, and that writes down how many images it sees."
     def tokens(model, images):
-        calls.append(len(images))
+        if len(images) > 1: calls.append(len(images))   # one alone is the probe's picture
         return model(images).permute(0, 2, 3, 1)
     return PatchEncoder(model or torch.nn.AvgPool2d(8), tokens, 3, 8, image_size=96)
 
@@ -54,12 +54,17 @@ def test_images_are_encoded_once_or_anew_in_every_epoch():
     calls, recipe, scenes = [], dict(n_heads=1, epochs=2, batch_size=16), Scenes("train", 32)
     encoder = color_encoder(calls)
     TrainedRASA(**recipe).fit(encoder, scenes, Reading(batch_size=20))
-    assert calls == [20, 12]
+    assert batches_of(calls) == [20, 12]
     calls.clear()
     rasa = TrainedRASA(reaugment=True, **recipe)
     assert (rasa.needs, TrainedRASA().needs) == ("images", "tokens")
     rasa.fit(encoder, scenes)
-    assert calls == [16] * 4
+    assert batches_of(calls) == [16] * 4
+
+
+def batches_of(calls):
+    "Without the single picture that tells encoders apart."
+    return [images for images in calls if images > 1]
 
 
 def test_a_single_row_teaches_the_column_only():

@@ -112,23 +112,43 @@ function makeSwitches(encoders, choose) {
   return {node: make("span", {role: "group", "aria-label": "Encoders shown"}, ...labels), sync};
 }
 
+// Directions of token space, the strongest first: moved to the left, the slider puts them back.
+function makeSlider(most, choose) {
+  const range = make("input", {type: "range", min: 0, max: most, step: 1, "aria-label": "Directions removed"});
+  const words = make("output");
+  const tell = rank => { words.textContent = `${rank} of ${most}`; };
+  const take = () => { tell(range.value); choose({rank: Number(range.value)}); };
+  range.oninput = take;
+  range.onkeydown = event => {   // JupyterLab keeps the arrow keys from moving it
+    const step = ARROWS[event.key];
+    if (!step) return;
+    event.preventDefault();
+    event.stopPropagation();
+    range.value = Number(range.value) + step[1] - step[0];   // up and right take out more
+    take();
+  };
+  const sync = choice => { range.value = choice.rank; tell(choice.rank); };
+  return {node: make("label", {className: "slider"}, "Directions removed ", range, " ", words), sync};
+}
+
 function makeControls(about, choose, download) {
   const controls = [], images = about.images.map(name => [name, name]);
   const blocks = Array.from({length: about.layers}, (_, i) => [i, `block ${i}`]);
   if (images.length > 1) {
     controls.push(makeSelect("Image", "query", images, choose));
-    controls.push(makeSelect("Maps of", "target", [["", "the same image"], ...images], choose));
+    controls.push(makeSelect("Second image", "target", [["", "none"], ...images], choose));
   }
   if (about.layers) controls.push(makeSelect("Layer", "layer", [["given", "as given"], ...blocks], choose));
   if (about.encoders.length > 1) controls.push(makeSwitches(about.encoders, choose));
+  if (about.rank) controls.push(makeSlider(about.rank, choose));
   const title = "Save what is shown as a PNG file";
   const button = make("button", {type: "button", title, onclick: download}, "Export PNG");
   const bar = make("div", {className: "controls"}, ...controls.map(control => control.node), button);
   return {bar, sync: choice => controls.forEach(control => control.sync(choice))};
 }
 
-// --- Maps: one panel for each encoder shown, kept from answer to answer --------------------------
-// A pointer over any of them, or the arrow keys, reads all of them at that place.
+// --- Maps: a row for each image, in it a panel for each encoder shown, kept from answer to answer --
+// A pointer over any of them, or the arrow keys, reads all of them at that place, in both rows.
 
 function makeMap(name, read, grid) {
   const canvas = make("canvas");
@@ -136,52 +156,60 @@ function makeMap(name, read, grid) {
   const hover = make("div", {className: "mark hover", hidden: true});
   const label = `Similarity map of ${name}. Arrow keys read its values.`;
   const panel = makePanel(canvas, label, [query, hover], read, grid);
-  const title = make("strong"), value = make("output", {title: "value under the cursor"});
+  const title = make("strong"), value = make("output");
   panel.caption.append(title, value);
   return {...panel, canvas, query, hover, title, value};
 }
 
-function fillMap(panel, map, answer, colors) {
+const valueAt = (panel, cell, [, columns]) => panel.numbers[cell[0] * columns + cell[1]].toFixed(2);
+
+function fillMap(panel, map, row, colors, second) {
   panel.numbers = floats(map.values);
   paint(panel.canvas, panel.numbers, map.grid, colors);
   frame(panel.query, map.cell, map.grid);
-  panel.query.hidden = answer.target !== "";
-  panel.area.style.aspectRatio = answer.size.join("/");
+  panel.query.classList.toggle("ring", second);
+  panel.area.style.aspectRatio = row.size.join("/");
   panel.title.textContent = map.name + (map.label ? `, ${map.label}` : "");
-  panel.canvas.dataset.cell = map.cell;   // which patch the map belongs to
+  panel.value.textContent = second ? `\u25cb ${valueAt(panel, map.cell, map.grid)}` : "";
+  panel.value.title = second ? "similarity at the ring" : "";
+  panel.canvas.dataset.cell = map.cell;   // the place of the chosen patch
 }
 
-// Returns a function that draws an answer of Python.
-function makeMaps(region, targetMark, colors, say) {
-  let panels = {}, answer, cursor;
+// `draw` shows the maps of one image; `readAll` marks a place in all of them and tells their values.
+function makeMaps(region, cursorMark, colors, read, second) {
+  let panels = {}, row;
+  const gridOf = name => () => row.maps.find(map => map.name === name).grid;
 
   const readOne = (map, point) => {
-    const {hover, value, numbers} = panels[map.name], cell = cellOf(point, map.grid);
-    frame(hover, cell, map.grid);
-    hover.hidden = false;
-    value.textContent = numbers[cell[0] * map.grid[1] + cell[1]].toFixed(2);
-    return `${map.name} ${value.textContent}`;
+    const panel = panels[map.name], cell = cellOf(point, map.grid);
+    frame(panel.hover, cell, map.grid);
+    panel.hover.hidden = false;
+    panel.value.textContent = valueAt(panel, cell, map.grid);
+    panel.value.title = "value under the cursor";
+    return `${map.name} ${panel.value.textContent}`;
   };
   const readAll = point => {
-    cursor = point;
-    const values = answer.maps.map(map => readOne(map, point));
-    place(targetMark, point);
-    targetMark.hidden = false;
-    return values;
+    place(cursorMark, point);
+    cursorMark.hidden = false;
+    return row.maps.map(map => readOne(map, point));
   };
-  const read = point => say("Under the cursor: " + readAll(point).join(", "));
-  const gridOf = name => () => answer.maps.find(map => map.name === name).grid;
-
-  return next => {
-    answer = next;
+  const draw = next => {
+    row = next;
     const kept = ({name}) => [name, panels[name] ?? makeMap(name, read, gridOf(name))];
-    panels = Object.fromEntries(answer.maps.map(kept));
+    panels = Object.fromEntries(row.maps.map(kept));
     const figures = Object.values(panels).map(panel => panel.figure), old = region.children;
     const same = figures.length === old.length && figures.every((figure, i) => figure === old[i]);
     if (!same) region.replaceChildren(...figures);
-    answer.maps.forEach(map => fillMap(panels[map.name], map, answer, colors));
-    if (cursor) readAll(cursor);
+    row.maps.forEach(map => fillMap(panels[map.name], map, row, colors, second));
   };
+  const leave = () => {   // the pointer is elsewhere: the values at the ring again
+    cursorMark.hidden = true;
+    for (const map of row.maps) {
+      panels[map.name].hover.hidden = true;
+      fillMap(panels[map.name], map, row, colors, second);
+    }
+  };
+  return {draw, readAll, leave};
 }
 
 // --- The color bar, and what is chosen in words: for the eye, and for screen readers -------------
@@ -197,7 +225,7 @@ function makeScale(about, colors) {
 function describe(answer) {
   if (answer.error) return answer.error;
   const places = new Map();   // encoders of one grid are named together
-  for (const {name, cell, query_grid: grid} of answer.maps) {
+  for (const {name, cell, grid} of answer.rows[0].maps) {
     const where = `row ${cell[0] + 1} of ${grid[0]}, column ${cell[1] + 1} of ${grid[1]}`;
     places.set(where, [...(places.get(where) ?? []), name]);
   }
@@ -219,7 +247,7 @@ function makeStatus() {
 
 // The patch of the finest grid, which the arrow keys step by.
 function finest(answer) {
-  const grids = answer.maps.map(map => map.query_grid);
+  const grids = answer.rows[0].maps.map(map => map.grid);
   return grids.reduce((a, b) => a[0] * a[1] >= b[0] * b[1] ? a : b);
 }
 
@@ -242,43 +270,69 @@ function render({model, el}) {
   const choose = change => { model.set("choice", {...choice(), ...change}); model.save_changes(); };
 
   const picture = make("img", {alt: "", draggable: false}), other = make("img", {alt: "", draggable: false});
-  const dot = make("div", {className: "dot"}), cross = make("div", {className: "dot small", hidden: true});
+  const dot = make("div", {className: "dot"});
   const label = "Image: choose a patch by pointer, or move it with the arrow keys";
   const press = (at, how) => { if (how === "press") choose({at}); };
   const query = makePanel(picture, label, [dot], press, () => finest(answered()));
-  const target = make("figure", {}, make("div", {className: "area"}, other, cross), make("figcaption"));
-  const region = make("div", {className: "maps"}), status = makeStatus();
-  const drawMaps = makeMaps(region, cross, colors, status.say);
+  const ring = make("div", {className: "dot ring"}), cursor = make("div", {className: "dot small", hidden: true});
+  const both = make("div", {className: "area"}, other, ring, cursor);
+  const target = make("figure", {}, both, make("figcaption"));
+  const status = makeStatus(), regions = [0, 1].map(() => make("div", {className: "maps"}));
+  const note = make("div", {className: "note"});
+  const second = make("div", {hidden: true}, make("div", {className: "panels"}, target, regions[1]), note);
+
+  let readAt;   // where the pointer is over the maps
+  const cursors = [make("div", {className: "dot small", hidden: true}), cursor];
+  const shownRows = () => rows.slice(0, answered().rows.length);
+  const readAll = () => shownRows().flatMap(row => row.readAll(readAt));
+  const read = point => {
+    readAt = point;
+    status.say("Under the cursor: " + readAll().join(", "));
+  };
+  const leave = () => {
+    readAt = undefined;
+    shownRows().forEach(row => row.leave());
+  };
+  const rows = regions.map((region, i) => makeMaps(region, cursors[i], colors, read, i === 1));
+  regions.forEach(region => { region.onpointerleave = leave; });
+  query.area.append(cursors[0]);
+
   const controls = makeControls(about, choose, () => model.send({kind: "export", id}));
-  const panels = make("div", {className: "panels"}, query.figure, target, region);
+  const first = make("div", {className: "panels"}, query.figure, regions[0]);
   const style = `--picture: ${about.width}px`;   // and JupyterLab leaves the keys to us
   const look = {className: "rasa-explorer", style, "data-lm-suppress-shortcuts": "true"};
-  el.append(make("div", look, controls.bar, panels, makeScale(about, colors), status.node));
+  const all = make("div", look, controls.bar, first, second, makeScale(about, colors), status.node);
+  el.append(all);
 
   let waiting, shown;
-  const showPictures = ({query: name, target: second}) => {
+  const showPictures = ({query: name, target: below}) => {
     picture.src = urls[name];
     query.caption.textContent = name;
-    target.hidden = second === "";
-    other.src = urls[second || name];
-    target.lastChild.textContent = second;
+    second.hidden = below === "" || below === name;
+    other.src = urls[below || name];
+    target.lastChild.textContent = below;
+    note.textContent = `\u25cb the place in ${below} where the point is in ${name}. Where something else is seen ` +
+      "there, red at the ring is similarity by position.";
   };
   const showChoice = () => {
     place(dot, choice().at);
+    place(ring, choice().at);
     query.set(choice().at);
-    clearTimeout(waiting);
-    waiting = setTimeout(() => region.setAttribute("aria-busy", "true"), 300);
-    const rest = JSON.stringify({...choice(), at: 0});   // the same throughout a drag
-    if (rest === shown) return;
-    shown = rest;
-    showPictures(choice());
     controls.sync(choice());
+    clearTimeout(waiting);
+    waiting = setTimeout(() => regions.forEach(region => region.setAttribute("aria-busy", "true")), 300);
+    const {query: name, target: below} = choice();
+    if (`${name} ${below}` === shown) return;   // the same throughout a drag
+    shown = `${name} ${below}`;
+    showPictures(choice());
   };
   const showAnswer = () => {
     clearTimeout(waiting);
-    region.setAttribute("aria-busy", "false");
-    if (!answered().error) drawMaps(answered());
+    regions.forEach(region => region.setAttribute("aria-busy", "false"));
     status.say(describe(answered()));
+    if (answered().error) return;
+    answered().rows.forEach((row, i) => rows[i].draw(row));
+    if (readAt) readAll();
   };
   const received = (message, buffers) => { if (message.id === id) saveFile(buffers[0], message.name); };
 

@@ -24,6 +24,13 @@ encoders = {"tiny": load_encoder("tiny", device="cpu"), "wide": project(8), "coa
 SHOW = """squares = {"china": china[:, 100:527], "flower": flower[:, 100:527]}
 explorer = explore(squares, encoders, image_size=256)
 explorer"""
+# Before and after RASA, the point in the sky, and a second image that has none.
+SLIDER = """from rasa_nb.rasa import RASA
+from rasa_nb.scenes import Scenes
+after = RASA().fit(encoders["tiny"], Scenes("train", 200)).attach(encoders["tiny"])
+pair = {"before": encoders["tiny"], "after": after}
+explorer = explore({"china": china, "flower": flower}, pair, image_size=(160, 240), point=(120, 60))
+explorer.select(target="flower")"""
 
 
 def free_port():
@@ -37,9 +44,10 @@ def lab(tmp_path_factory, browser):
     "A JupyterLab in an empty folder, with settings of its own: its address and the folder."
     root, port = tmp_path_factory.mktemp("lab"), free_port()
     kernel = dict(name="python3", display_name="Python 3", language="python")
-    cells = [nbformat.v4.new_code_cell(code) for code in (SETUP, SHOW, "last = 1")]
-    notebook = nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=kernel))
-    nbformat.write(notebook, root / "explore.ipynb")
+    for name, show in dict(explore=SHOW, slider=SLIDER).items():
+        cells = [nbformat.v4.new_code_cell(code) for code in (SETUP, show, "last = 1")]
+        notebook = nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=kernel))
+        nbformat.write(notebook, root / f"{name}.ipynb")
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", *settings_of(root, port)]
     with open(root / "lab.log", "w") as log:
         out = dict(stdout=log, stderr=subprocess.STDOUT)
@@ -86,19 +94,20 @@ READY = """() => {
   const open = window.jupyterapp?.shell?.currentWidget;
   return open?.context?.isReady && open.sessionContext.isReady;
 }"""
-PIXELS = """[...document.querySelectorAll('.rasa-explorer .maps canvas')]
+VISIBLE = "[...document.querySelectorAll('.rasa-explorer .maps canvas')].filter(c => c.offsetParent)"
+PIXELS = VISIBLE + """
   .map(c => Array.from(c.getContext('2d').getImageData(0, 0, c.width, c.height).data).join())"""
-CELLS = "[...document.querySelectorAll('.rasa-explorer .maps canvas')].map(c => c.dataset.cell)"
+CELLS = VISIBLE + ".map(c => c.dataset.cell)"
 
 
-def run_all(page, lab, theme):
-    "Open the notebook under a theme and run it; returns the explorer on the page."
+def run_all(page, lab, theme, name="explore"):
+    "Open a notebook under a theme and run it; returns the explorer on the page."
     address, root = lab
     folder = root / ".settings" / "@jupyterlab" / "apputils-extension"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "themes.jupyterlab-settings").write_text(json.dumps({"theme": theme}))
     (folder / "notification.jupyterlab-settings").write_text(json.dumps({"fetchNews": "false"}))
-    page.goto(f"{address}/lab/tree/explore.ipynb?reset")
+    page.goto(f"{address}/lab/tree/{name}.ipynb?reset")
     page.wait_for_function(READY, timeout=90_000)
     page.evaluate("() => window.jupyterapp.commands.execute('notebook:run-all-cells')")
     page.wait_for_selector(".rasa-explorer .maps canvas[data-cell]", timeout=120_000)
@@ -109,7 +118,7 @@ def run_all(page, lab, theme):
 
 def pixels(page): return page.evaluate(PIXELS)
 def cells(page): return page.evaluate(CELLS)
-def captions(page): return page.locator(".rasa-explorer .maps strong").all_text_contents()
+def captions(page): return page.locator(".rasa-explorer .maps strong:visible").all_text_contents()
 def box_of(explorer, label): return explorer.get_by_role("combobox", name=label, exact=True)
 def says(explorer, text): wait_for(lambda: explorer.locator(".status").inner_text().startswith(text), 10)
 
@@ -136,7 +145,8 @@ def test_the_explorer_works_in_jupyterlab(page, lab, screenshots):
     explorer = run_all(page, lab, "JupyterLab Light")
     assert captions(page) == ["tiny", "wide", "coarse"] and cells(page) == ["16,16", "16,16", "8,8"]
     assert explorer.locator(".mark.hover").first.is_hidden()
-    assert explorer.locator("figure").nth(1).is_hidden()   # one image: no target beside it
+    assert explorer.locator(".panels").nth(1).is_hidden()   # one image: no second row
+    assert not explorer.get_by_role("slider").count()       # no method here has directions
     page.screenshot(path=screenshots / "light_start.png")
 
     with maps_change(page): page.mouse.click(*point(page, .3, .2))
@@ -164,12 +174,15 @@ def test_the_explorer_works_in_jupyterlab(page, lab, screenshots):
 
     with maps_change(page): box_of(explorer, "Image").select_option("flower")
     says(explorer, "Patch of flower")
-    with maps_change(page): box_of(explorer, "Maps of").select_option("china")
-    assert explorer.locator("figure").nth(1).is_visible()
-    assert explorer.locator(".maps .mark:not(.hover)").first.is_hidden()
+    own = pixels(page)
+    box_of(explorer, "Second image").select_option("china")
+    wait_for(lambda: len(pixels(page)) == 6, 15)
+    assert pixels(page)[:3] == own and not set(pixels(page)[3:]) & set(own)
+    assert explorer.locator(".panels").nth(1).is_visible() and explorer.locator(".mark.ring").count() == 3
     page.wait_for_timeout(300)
     page.screenshot(path=screenshots / "light_across.png")
-    box_of(explorer, "Maps of").select_option("the same image")
+    box_of(explorer, "Second image").select_option("none")
+    wait_for(lambda: explorer.locator(".panels").nth(1).is_hidden(), 10)
 
     box_of(explorer, "Layer").select_option("block 2")
     wait_for(lambda: captions(page) == ["tiny, block 2", "wide, as given", "coarse, as given"], 20)
@@ -263,6 +276,73 @@ def test_maps_follow_a_drag(page, lab, capsys):
     assert rushed < 150 and not page.outside()
     # A loaded machine makes anything wait, so what is asserted is the work, with room for a slow processor.
     assert work_ms < 250
+
+
+# The time from each move of the slider to the moment a map says that so many directions are removed.
+FOLLOW = """async ranks => {
+  const range = document.querySelector('.rasa-explorer input[type=range]'), took = [];
+  const title = [...document.querySelectorAll('.rasa-explorer .maps strong')].at(-1);
+  for (const rank of ranks) {
+    const start = performance.now();
+    range.value = rank;
+    range.dispatchEvent(new Event('input', {bubbles: true}));
+    while (!title.textContent.includes(` ${rank} of `)) await new Promise(requestAnimationFrame);
+    took.push(performance.now() - start);
+  }
+  return took;
+}"""
+
+
+def test_the_slider_takes_directions_out_one_by_one(page, lab, screenshots, capsys):
+    explorer = run_all(page, lab, "JupyterLab Light", "slider")
+    slider = explorer.get_by_role("slider", name="Directions removed")
+    most = int(slider.get_attribute("max"))
+    titles = ["before", f"after, {most} of {most} directions removed"]
+    assert captions(page) == 2 * titles and most > 5 and slider.input_value() == str(most)
+
+    def at_ring():
+        "What the captions of the second row say of the place of the point: before, after."
+        texts = explorer.locator(".maps").nth(1).locator("output").all_text_contents()
+        return [float(text.removeprefix("○ ")) for text in texts]
+    def wait_for_rank(rank):
+        wait_for(lambda: captions(page)[-1] == f"after, {rank} of {most} directions removed", 15)
+    start, (before, after) = pixels(page), at_ring()
+    assert before > .5 > .2 > after
+    page.screenshot(path=screenshots / "slider_all.png")
+
+    slider.focus()   # with the keyboard
+    page.keyboard.press("Home")
+    wait_for_rank(0)
+    own_before, own_after, other_before, other_after = pixels(page)
+    assert (own_before, other_before) == (start[0], start[2])   # the raw maps stay
+    assert own_after == own_before and other_after == other_before   # and are those of none removed
+    assert at_ring() == [before, before]
+    page.screenshot(path=screenshots / "slider_none.png")
+    page.keyboard.press("ArrowRight")
+    wait_for_rank(1)
+    assert pixels(page)[3] != other_after and at_ring()[1] < before
+
+    box = slider.bounding_box()   # with the pointer
+    page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    wait_for(lambda: 1 < int(slider.input_value()) < most, 10)
+    wait_for_rank(slider.input_value())
+    page.screenshot(path=screenshots / "slider_half.png")
+    page.keyboard.press("End")
+    wait_for_rank(most)
+    assert pixels(page) == start and at_ring() == [before, after]
+
+    page.mouse.click(*point(page, .5, .9))   # the rows are linked: another point moves both
+    wait_for(lambda: all(a != b for a, b in zip(pixels(page), start)), 15)
+    area = explorer.locator(".maps .area").first.bounding_box()
+    page.mouse.move(area["x"] + area["width"] / 2, area["y"] + area["height"] / 2)
+    assert len([text for text in explorer.locator(".maps output").all_text_contents() if text]) == 4
+
+    took = page.evaluate(FOLLOW, [rank for rank in range(most)] * 2)
+    with capsys.disabled():
+        print(f"\nfrom slider to four maps: {min(took):.0f} to {max(took):.0f} ms, "
+              f"median {statistics.median(took):.0f} ms")
+    assert not page.outside()
+    assert not [p for p in page.problems if "rasa" in p.lower() or "widget" in p.lower()], page.problems
 
 
 def test_dark_theme_and_keyboard_alone(page, lab, screenshots):
