@@ -7,12 +7,11 @@
 
 It runs on a GPU where there is one, else on the CPU. The stages of a fit (read, augment, encode, moments) and
 of a score (read, resize, encode, moments, reduce, K-means, assign) are timed one by one in this process, and
-so are whole passes: a fit, a fit by this process alone, the encoder alone. "free" returns stored tokens at no
-cost (random, D=384), so that what is left is the pipeline; beside it stand reading alone (in one process,
-images alone or with their masks) and what a score reads. All are measured in turn, several times over, as a
-busy machine slows all alike; ratios are taken within a turn. Images are repeated where there are too few.
-Writes
-benchmarks/results/throughput.json and prints Markdown.
+so are whole passes: a fit, a fit by this process alone, one with a worker and a thread less, the encoder
+alone. "free" returns stored tokens at no cost (random, D=384), so that what is left is the pipeline; beside it
+stand reading alone (in one process, images alone or with their masks) and what a score reads. All are measured
+in turn, several times over, as a busy machine slows all alike; ratios are taken within a turn. Images are
+repeated where there are too few. Writes benchmarks/results/throughput.json and prints Markdown.
 """
 import argparse, json, os, platform, statistics, sys, tempfile, time
 from pathlib import Path
@@ -157,6 +156,7 @@ def measure(name, data, args):
         reading=lambda: [data[i] for i in range(n)],
         images=lambda: [data.load_image(i) for i in range(n)],
         fit_alone=lambda: collect_moments(encoder, data, alone),
+        fit_worker=lambda: with_worker(encoder, data, reading),
         input=lambda: score_input(data, reading, device),
         input_alone=lambda: score_input(data, alone, device))
     fit_stages(encoder, few.first(reading.batch_size), reading, device)   # warms kernels and files
@@ -168,6 +168,14 @@ def measure(name, data, args):
                           score=score_stages(encoder, few, reading, args.k, device)))
         print(f"{name}: turn {turn + 1} of {args.turns}", file=sys.stderr, flush=True)
     return summary(name, size, n, len(few), turns) | dict(turns=turns)
+
+
+def with_worker(encoder, data, reading):
+    "A fit that one worker reads for, while torch has the threads that are left."
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, before - 1))
+    try: return collect_moments(encoder, data, reading.replace(num_workers=1))
+    finally: torch.set_num_threads(before)
 
 
 def repeated(data, n): return Part(data, [i % len(data) for i in range(n)])
@@ -208,7 +216,7 @@ def summary(name, size, images, staged, turns):
         row[part] = {stage: dict(images_per_s=rates[stage], share=statistics.mean(s[stage] for s in shares))
                      for stage in rates}
     row["whole"] = {what: spread(t["whole"][what] for t in turns) for what in turns[0]["whole"]}
-    passes = "fit", "fit_alone", "input", "input_alone"
+    passes = "fit", "fit_alone", "fit_worker", "input", "input_alone"
     pairs = [("fit", "encoder")]
     if name == "free": pairs = [(what, base) for what in passes for base in ("reading", "images")]
     def ratio(what, base): return spread(t["whole"][what] / t["whole"][base] for t in turns)
