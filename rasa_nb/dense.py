@@ -8,7 +8,7 @@ __all__ = ['CONTROLS', 'NEAR', 'patch_classes', 'predicted_pixels', 'count_score
            'check_learned', 'score_split', 'whole_dense_run', 'task_controls', 'class_totals', 'dense_files',
            'write_dense_run', 'read_dense_runs']
 
-# %% ../nbs/02ha_dense.ipynb #dda099b6
+# %% ../nbs/02ha_dense.ipynb #f609ef43
 import hashlib, json, math, os
 from dataclasses import asdict, dataclass, field, fields, replace
 from html import escape
@@ -24,7 +24,7 @@ from fastcore.basics import patch
 from scipy.sparse import csr_array
 from torch.utils.data import Subset
 
-# %% ../nbs/02ha_dense.ipynb #7dd74393
+# %% ../nbs/02ha_dense.ipynb #c2acc69f
 from .data import as_data
 from .reading import Evaluation, Reading, Transformed, batches
 from .patch_encoder import check_image_size
@@ -38,7 +38,7 @@ from .yardstick import Counts, bootstrap_interval, common_classes, count_images,
 from .segmentation import (Share, change_text, draw_maps, drawing, gather, mean_and_std, new_axes,
                                   without_nan)
 
-# %% ../nbs/02ha_dense.ipynb #7ad1f471
+# %% ../nbs/02ha_dense.ipynb #33222fa3
 def patch_classes(
     masks,            # class of each pixel [n, height, width]
     grid_size,        # (gh, gw)
@@ -59,7 +59,7 @@ def _cells(size, cells):
     "The cell that holds the middle of each pixel along one axis."
     return ((torch.arange(size) + .5) * cells / size).long()
 
-# %% ../nbs/02ha_dense.ipynb #00bac52a
+# %% ../nbs/02ha_dense.ipynb #0f42cadb
 def predicted_pixels(
     scores,    # of each patch and class [n, gh, gw, C]
     size,      # (height, width)
@@ -87,7 +87,7 @@ def predicted_iou(
     named = np.broadcast_to(np.arange(tables.shape[-1]), tables.shape[:-1])
     return class_iou(tables, named)
 
-# %% ../nbs/02ha_dense.ipynb #c347d1c4
+# %% ../nbs/02ha_dense.ipynb #369892d2
 CONTROLS = "constant class", "class prior of each cell"
 
 def constant_class(
@@ -102,7 +102,7 @@ def cell_prior(
     "Returns class scores that name the most frequent class of each cell [gh, gw, C]."
     return shares / shares.sum().clamp_min(1e-12)
 
-# %% ../nbs/02ha_dense.ipynb #d02cafdd
+# %% ../nbs/02ha_dense.ipynb #0ca3c180
 @dataclass(frozen=True, eq=False)
 class DenseRun:
     "What one encoder, setting and seed gave."
@@ -122,7 +122,7 @@ class DenseRun:
         "IoU of each class [C] in percent; nan where no pixel is true."
         return 100 * predicted_iou(self.confusion)
 
-# %% ../nbs/02ha_dense.ipynb #414d595d
+# %% ../nbs/02ha_dense.ipynb #a3ec95e0
 def run_controls(
     shares,         # of the training patches [gh, gw, C], their mean or sum over images
     masks,          # that are scored [n, height, width]
@@ -141,7 +141,7 @@ def run_controls(
         runs.append(DenseRun(name, setting, 0, Counts.stack(parts)))
     return runs
 
-# %% ../nbs/02ha_dense.ipynb #36fd63d1
+# %% ../nbs/02ha_dense.ipynb #cb05c24c
 NEAR = 3.   # points of mIoU: a score that is less above a control stands near it
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -175,7 +175,7 @@ class DenseResult:
         if name not in self.kept: self.kept[name] = make()
         return self.kept[name]
 
-# %% ../nbs/02ha_dense.ipynb #8529a023
+# %% ../nbs/02ha_dense.ipynb #d5927f15
 @patch(as_prop=True)
 def encoders(self:DenseResult) -> list:
     "Names of the encoders, the one that others are compared with first."
@@ -210,7 +210,7 @@ def mean_iou(self:DenseResult, run, common:bool=False) -> float:
     classes = self.class_set(common)
     return float(run.iou[classes].mean()) if len(classes) else np.nan
 
-# %% ../nbs/02ha_dense.ipynb #330cf7c0
+# %% ../nbs/02ha_dense.ipynb #5f9b1bb5
 @patch(as_prop=True)
 def frame(self:DenseResult) -> pd.DataFrame:
     "A row per run: encoder, the knob, seed, miou and miou_common in percent."
@@ -241,7 +241,7 @@ def per_class(self:DenseResult) -> pd.DataFrame:
     means = pd.DataFrame(rows).groupby(["encoder", self.knob], sort=False).mean()
     return means.drop(columns=list(self.absent))
 
-# %% ../nbs/02ha_dense.ipynb #b824b840
+# %% ../nbs/02ha_dense.ipynb #013c3f72
 @patch(as_prop=True)
 def image_draws(self:DenseResult) -> np.ndarray:
     "How often each image counts in each draw of images [draws, n]."
@@ -268,7 +268,7 @@ def _drawn_iou(self:DenseResult, run):
         self.kept[key] = 100 * np.nan_to_num(np.concatenate(parts))
     return self.kept[key]
 
-# %% ../nbs/02ha_dense.ipynb #598527d2
+# %% ../nbs/02ha_dense.ipynb #4c15c167
 @patch(as_prop=True)
 def change(self:DenseResult) -> pd.DataFrame:
     """Change of mIoU against the first encoder, by encoder and setting, in points.
@@ -302,7 +302,7 @@ def _moved(self:DenseResult, name, setting, common):
     images_low, images_high = bootstrap_interval(mean, drawn) if groups.max() else (np.nan, np.nan)
     return dict(mean=mean, low=low, high=high, images_low=images_low, images_high=images_high)
 
-# %% ../nbs/02ha_dense.ipynb #e464bc29
+# %% ../nbs/02ha_dense.ipynb #c49a060a
 @patch
 def control_above(self:DenseResult, setting) -> tuple:
     "Returns name and mIoU of the best control of a setting, and the setting under which it is kept."
@@ -339,7 +339,7 @@ def _nothing(self:DenseResult, setting):
     return (f"{of}{names} stand near a control ({control}, {floor:.1f}): "
             "a difference between two of them means nothing.")
 
-# %% ../nbs/02ha_dense.ipynb #a0cd6207
+# %% ../nbs/02ha_dense.ipynb #2d7be2c9
 @patch(as_prop=True)
 def summary(self:DenseResult) -> pd.DataFrame:
     "A row of text per encoder and setting, and per control: mIoU, and the change against the first encoder."
@@ -366,7 +366,7 @@ def _told(self:DenseResult, name, setting):
         if change.means_nothing: row[""] = "near a control"
     return row
 
-# %% ../nbs/02ha_dense.ipynb #2dcf0ee0
+# %% ../nbs/02ha_dense.ipynb #661ee0e8
 @patch(as_prop=True)
 def caption(self:DenseResult) -> str:
     "What was scored, how many images of it, what was learned from, and every knob of the protocol as run."
@@ -390,7 +390,7 @@ def _repr_html_(self:DenseResult):
     table = self.summary.style.set_caption(self.caption).set_uuid("scores").hide(axis="index").to_html()
     return table + "".join(f"<p>{escape(note)}</p>" for note in self.notes)
 
-# %% ../nbs/02ha_dense.ipynb #6cd723fa
+# %% ../nbs/02ha_dense.ipynb #e0a3c231
 @patch
 def to_dict(self:DenseResult) -> dict:
     "Returns scores with the IoU of each class, changes, controls, notes and protocol; nan becomes None."
@@ -410,7 +410,7 @@ def save(self:DenseResult,
     "Writes `to_dict` as JSON, whole or not at all."
     write_whole(path, json.dumps(self.to_dict(), indent=1))
 
-# %% ../nbs/02ha_dense.ipynb #90034775
+# %% ../nbs/02ha_dense.ipynb #491be211
 @patch
 def show_scores(self:DenseResult):
     "Returns a figure of the mIoU of each encoder and setting, and lines at the controls."
@@ -430,7 +430,7 @@ def show_scores(self:DenseResult):
     sns.despine(fig)
     return fig
 
-# %% ../nbs/02ha_dense.ipynb #fb721cca
+# %% ../nbs/02ha_dense.ipynb #edf83b75
 @patch
 def show_classes(self:DenseResult,
     setting=None,   # None: the last
@@ -455,7 +455,7 @@ def show_classes(self:DenseResult,
     sns.despine(fig)
     return fig
 
-# %% ../nbs/02ha_dense.ipynb #38248f56
+# %% ../nbs/02ha_dense.ipynb #5c21658b
 @patch
 def show_confusion(self:DenseResult,
     setting=None,       # None: the last
@@ -497,7 +497,7 @@ def show(self:DenseResult,
     if what not in views: raise ValueError(f"what={what!r}: expected {', '.join(map(repr, views))}")
     return getattr(self, f"show_{what}")(**chosen)
 
-# %% ../nbs/02ha_dense.ipynb #99139b25
+# %% ../nbs/02ha_dense.ipynb #4806fc80
 @dataclass
 class Split:
     "Tokens and masks of a dataset, encoded once; under several processes, of the share that this one has."
@@ -537,7 +537,7 @@ class Split:
         "Returns the share of each class in each patch [m, gh, gw, C], see `patch_classes`."
         return patch_classes(self.masks[images], grid_size, self.num_classes, self.ignore_index)
 
-# %% ../nbs/02ha_dense.ipynb #d618850e
+# %% ../nbs/02ha_dense.ipynb #e13f9e32
 class TokenShelf:
     "Tokens and masks of datasets, each encoded once."
     def __init__(self,
@@ -572,7 +572,7 @@ class TokenShelf:
 
 def _pair(size): return (size, size) if isinstance(size, int) else tuple(size)
 
-# %% ../nbs/02ha_dense.ipynb #0c3899b0
+# %% ../nbs/02ha_dense.ipynb #43e41d35
 @patch
 def _read(self:TokenShelf, bases, shown, name):
     "Masks [n, h, w] and the tokens of each base; of masks alone where no base is missing."
@@ -600,7 +600,7 @@ def _room(self:TokenShelf, shape):
     kind = (*fitting, "memmap")[0] if self.store == "auto" else self.store
     return token_store(shape, kind, self.folder)
 
-# %% ../nbs/02ha_dense.ipynb #43a9620d
+# %% ../nbs/02ha_dense.ipynb #d48e9c69
 def prepare_task(
     encoders,      # name -> encoder, or one encoder
     train, val,    # datasets with masks
@@ -630,7 +630,7 @@ def _check_classes(train, val):
     raise ValueError(f"class {i} is {one!r} in {train.name} and {other!r} in {val.name}: what is learned on "
                      "one is scored on the other, so both need the same classes in order")
 
-# %% ../nbs/02ha_dense.ipynb #1b1677d9
+# %% ../nbs/02ha_dense.ipynb #d3f3c9fb
 def check_learned(
     train_pixels,   # of each class in the images that are learned from [C]
     val_pixels,     # of each class in the images that are scored [C]
@@ -646,10 +646,10 @@ def check_learned(
     missing = [classes[i] for i in np.flatnonzero((val_pixels > 0) & (train_pixels == 0))]
     if missing and unseen == "refuse":
         told = f"no pixel of {name} shows {', '.join(missing)}, which the scored images show"
-        raise ValueError(f"{told}: it cannot be learned. Take more images to learn from, or let it score 0 by "
+        raise ValueError(f"{told}: it cannot be learned; take more images to learn from, or let it score 0: "
                          "unseen='score'")
 
-# %% ../nbs/02ha_dense.ipynb #ee28ccfe
+# %% ../nbs/02ha_dense.ipynb #dd1cfd11
 def score_split(
     split,           # of the images to score
     encoder,         # whose tokens are taken
@@ -679,7 +679,7 @@ def whole_dense_run(
     found = {i: one.astype(np.uint16) for some in found for i, one in some.items()}
     return DenseRun(name, setting, seed, whole, [found[i] for i in examples])
 
-# %% ../nbs/02ha_dense.ipynb #3cc377aa
+# %% ../nbs/02ha_dense.ipynb #a9b92928
 def task_controls(
     train, val,    # `Split`s
     grids,         # (gh, gw) of the encoders
@@ -703,7 +703,7 @@ def class_totals(
     known = split.masks[split.masks != split.ignore_index].flatten().long()
     return sum(gather(torch.bincount(known, minlength=split.num_classes).numpy()))
 
-# %% ../nbs/02ha_dense.ipynb #d1cf3803
+# %% ../nbs/02ha_dense.ipynb #f82224d3
 _FORMAT = "rasa_nb.dense.1"
 
 def dense_files(
@@ -728,7 +728,7 @@ def _hash(values):
     text = json.dumps(values, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-# %% ../nbs/02ha_dense.ipynb #ff066477
+# %% ../nbs/02ha_dense.ipynb #62451cac
 def write_dense_run(
     run,    # a `DenseRun`
     path,   # of the file
