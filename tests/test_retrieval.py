@@ -158,12 +158,12 @@ def test_only_what_a_memory_takes_is_kept(tiny):
 
 def test_encoders_of_one_base_share_its_passes_and_score_as_they_would_alone(tiny, monkeypatch):
     train, val = Scenes("train", 12), Scenes("val", 6)
-    mean = PositionMean().fit(tiny, train, 96).attach(tiny)    # its offset differs from cell to cell
+    mean = PositionMean().fit(tiny, Scenes("train", 20), 96).attach(tiny)    # its offset differs from cell to cell
     seen, forward = [], PatchEncoder.forward
     monkeypatch.setattr(PatchEncoder, "forward", lambda self, x: seen.append(len(x)) or forward(self, x))
     together = in_context({"tiny": tiny, "mean": mean}, train, val, UPRIGHT, memory=240, seeds=(0, 1))
     assert sum(seen) == 12 + 6
-    alone = encoder_of(lambda images: mean(images), 128, 8, 96, "mean")   # no head to be seen
+    alone = encoder_of(lambda images: mean(images), 192, 8, 96, "mean")   # no head to be seen
     by_itself = in_context({"mean": alone}, train, val, UPRIGHT, memory=240, seeds=(0, 1))
     of_mean = together.frame[together.frame.encoder == "mean"].miou.tolist()
     assert of_mean == pytest.approx(by_itself.frame.miou.tolist(), abs=.05)
@@ -253,7 +253,7 @@ def test_classes_that_differ_are_refused(tiny):
 
 def test_on_photographs_tokens_of_meaning_stand_above_the_controls(voc_root, deit_file):
     encoder = load_encoder("deit_tiny_patch16_224", checkpoint=deit_file, device="cpu")
-    train, val = (VOCSegmentation(voc_root, split).first(n) for split, n in (("train", 40), ("val", 12)))
+    train, val = (VOCSegmentation(voc_root, split).first(n) for split, n in (("train", 24), ("val", 6)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")    # of classes that so few images do not show
         result = in_context(encoder, train, val, UPRIGHT, image_size=224, memory=1024)
