@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['CONTROLS', 'NEAR', 'patch_classes', 'predicted_pixels', 'count_scores', 'predicted_iou', 'constant_class',
-           'cell_prior', 'DenseRun', 'run_controls', 'DenseResult']
+           'cell_prior', 'DenseRun', 'run_controls', 'DenseResult', 'Split', 'TokenShelf', 'prepare_task',
+           'check_learned', 'score_split', 'whole_dense_run', 'task_controls', 'class_totals', 'dense_files',
+           'write_dense_run', 'read_dense_runs']
 
-# %% ../nbs/02ha_dense.ipynb #59943b30
-import json, math, tempfile
-from dataclasses import asdict, dataclass, field, fields
+# %% ../nbs/02ha_dense.ipynb #f609ef43
+import hashlib, json, math, os
+from dataclasses import asdict, dataclass, field, fields, replace
 from html import escape
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -21,19 +24,21 @@ from fastcore.basics import patch
 from scipy.sparse import csr_array
 from torch.utils.data import Subset
 
-# %% ../nbs/02ha_dense.ipynb #e9e605ba
+# %% ../nbs/02ha_dense.ipynb #c2acc69f
 from .data import as_data
 from .reading import Evaluation, Reading, Transformed, batches
-from .store import read_safetensors, token_store, write_safetensors, write_tokens, write_whole
+from .patch_encoder import check_image_size
+from .store import (data_source, fingerprint, read_safetensors, token_store, write_safetensors,
+                           write_tokens, write_whole)
+from .moments import this_process
 from .head import encode_together, unwrap
 from .kmeans import images_per_chunk
-from .matching import class_iou, merge_clusters, paired_interval
-from .yardstick import (Counts, bootstrap_interval, class_pixels, common_classes, count_images,
-                               draw_images)
+from .matching import class_iou, paired_interval
+from .yardstick import Counts, bootstrap_interval, common_classes, count_images, draw_images
 from .segmentation import (Share, change_text, draw_maps, drawing, gather, mean_and_std, new_axes,
                                   without_nan)
 
-# %% ../nbs/02ha_dense.ipynb #03c0de1a
+# %% ../nbs/02ha_dense.ipynb #33222fa3
 def patch_classes(
     masks,            # class of each pixel [n, height, width]
     grid_size,        # (gh, gw)
@@ -54,7 +59,7 @@ def _cells(size, cells):
     "The cell that holds the middle of each pixel along one axis."
     return ((torch.arange(size) + .5) * cells / size).long()
 
-# %% ../nbs/02ha_dense.ipynb #2ef85007
+# %% ../nbs/02ha_dense.ipynb #0f42cadb
 def predicted_pixels(
     scores,    # of each patch and class [n, gh, gw, C]
     size,      # (height, width)
@@ -82,7 +87,7 @@ def predicted_iou(
     named = np.broadcast_to(np.arange(tables.shape[-1]), tables.shape[:-1])
     return class_iou(tables, named)
 
-# %% ../nbs/02ha_dense.ipynb #c1d5f9ca
+# %% ../nbs/02ha_dense.ipynb #369892d2
 CONTROLS = "constant class", "class prior of each cell"
 
 def constant_class(
@@ -97,7 +102,7 @@ def cell_prior(
     "Returns class scores that name the most frequent class of each cell [gh, gw, C]."
     return shares / shares.sum().clamp_min(1e-12)
 
-# %% ../nbs/02ha_dense.ipynb #36593200
+# %% ../nbs/02ha_dense.ipynb #0ca3c180
 @dataclass(frozen=True, eq=False)
 class DenseRun:
     "What one encoder, setting and seed gave."
@@ -117,7 +122,7 @@ class DenseRun:
         "IoU of each class [C] in percent; nan where no pixel is true."
         return 100 * predicted_iou(self.confusion)
 
-# %% ../nbs/02ha_dense.ipynb #ed5471a6
+# %% ../nbs/02ha_dense.ipynb #a3ec95e0
 def run_controls(
     shares,         # of the training patches [gh, gw, C], their mean or sum over images
     masks,          # that are scored [n, height, width]
@@ -136,7 +141,7 @@ def run_controls(
         runs.append(DenseRun(name, setting, 0, Counts.stack(parts)))
     return runs
 
-# %% ../nbs/02ha_dense.ipynb #31ae3424
+# %% ../nbs/02ha_dense.ipynb #cb05c24c
 NEAR = 3.   # points of mIoU: a score that is less above a control stands near it
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -170,7 +175,7 @@ class DenseResult:
         if name not in self.kept: self.kept[name] = make()
         return self.kept[name]
 
-# %% ../nbs/02ha_dense.ipynb #f4af1f86
+# %% ../nbs/02ha_dense.ipynb #d5927f15
 @patch(as_prop=True)
 def encoders(self:DenseResult) -> list:
     "Names of the encoders, the one that others are compared with first."
@@ -205,7 +210,7 @@ def mean_iou(self:DenseResult, run, common:bool=False) -> float:
     classes = self.class_set(common)
     return float(run.iou[classes].mean()) if len(classes) else np.nan
 
-# %% ../nbs/02ha_dense.ipynb #44222c0e
+# %% ../nbs/02ha_dense.ipynb #5f9b1bb5
 @patch(as_prop=True)
 def frame(self:DenseResult) -> pd.DataFrame:
     "A row per run: encoder, the knob, seed, miou and miou_common in percent."
@@ -236,7 +241,7 @@ def per_class(self:DenseResult) -> pd.DataFrame:
     means = pd.DataFrame(rows).groupby(["encoder", self.knob], sort=False).mean()
     return means.drop(columns=list(self.absent))
 
-# %% ../nbs/02ha_dense.ipynb #e684fcdb
+# %% ../nbs/02ha_dense.ipynb #013c3f72
 @patch(as_prop=True)
 def image_draws(self:DenseResult) -> np.ndarray:
     "How often each image counts in each draw of images [draws, n]."
@@ -263,7 +268,7 @@ def _drawn_iou(self:DenseResult, run):
         self.kept[key] = 100 * np.nan_to_num(np.concatenate(parts))
     return self.kept[key]
 
-# %% ../nbs/02ha_dense.ipynb #9c43f897
+# %% ../nbs/02ha_dense.ipynb #4c15c167
 @patch(as_prop=True)
 def change(self:DenseResult) -> pd.DataFrame:
     """Change of mIoU against the first encoder, by encoder and setting, in points.
@@ -297,7 +302,7 @@ def _moved(self:DenseResult, name, setting, common):
     images_low, images_high = bootstrap_interval(mean, drawn) if groups.max() else (np.nan, np.nan)
     return dict(mean=mean, low=low, high=high, images_low=images_low, images_high=images_high)
 
-# %% ../nbs/02ha_dense.ipynb #511be44a
+# %% ../nbs/02ha_dense.ipynb #c49a060a
 @patch
 def control_above(self:DenseResult, setting) -> tuple:
     "Returns name and mIoU of the best control of a setting, and the setting under which it is kept."
@@ -334,7 +339,7 @@ def _nothing(self:DenseResult, setting):
     return (f"{of}{names} stand near a control ({control}, {floor:.1f}): "
             "a difference between two of them means nothing.")
 
-# %% ../nbs/02ha_dense.ipynb #ed9938dd
+# %% ../nbs/02ha_dense.ipynb #2d7be2c9
 @patch(as_prop=True)
 def summary(self:DenseResult) -> pd.DataFrame:
     "A row of text per encoder and setting, and per control: mIoU, and the change against the first encoder."
@@ -361,7 +366,7 @@ def _told(self:DenseResult, name, setting):
         if change.means_nothing: row[""] = "near a control"
     return row
 
-# %% ../nbs/02ha_dense.ipynb #686ab424
+# %% ../nbs/02ha_dense.ipynb #661ee0e8
 @patch(as_prop=True)
 def caption(self:DenseResult) -> str:
     "What was scored, how many images of it, what was learned from, and every knob of the protocol as run."
@@ -385,7 +390,7 @@ def _repr_html_(self:DenseResult):
     table = self.summary.style.set_caption(self.caption).set_uuid("scores").hide(axis="index").to_html()
     return table + "".join(f"<p>{escape(note)}</p>" for note in self.notes)
 
-# %% ../nbs/02ha_dense.ipynb #a1e0b971
+# %% ../nbs/02ha_dense.ipynb #e0a3c231
 @patch
 def to_dict(self:DenseResult) -> dict:
     "Returns scores with the IoU of each class, changes, controls, notes and protocol; nan becomes None."
@@ -405,7 +410,7 @@ def save(self:DenseResult,
     "Writes `to_dict` as JSON, whole or not at all."
     write_whole(path, json.dumps(self.to_dict(), indent=1))
 
-# %% ../nbs/02ha_dense.ipynb #b1f3dfa7
+# %% ../nbs/02ha_dense.ipynb #491be211
 @patch
 def show_scores(self:DenseResult):
     "Returns a figure of the mIoU of each encoder and setting, and lines at the controls."
@@ -425,7 +430,7 @@ def show_scores(self:DenseResult):
     sns.despine(fig)
     return fig
 
-# %% ../nbs/02ha_dense.ipynb #3ddb9306
+# %% ../nbs/02ha_dense.ipynb #edf83b75
 @patch
 def show_classes(self:DenseResult,
     setting=None,   # None: the last
@@ -450,7 +455,7 @@ def show_classes(self:DenseResult,
     sns.despine(fig)
     return fig
 
-# %% ../nbs/02ha_dense.ipynb #f60b48f0
+# %% ../nbs/02ha_dense.ipynb #5c21658b
 @patch
 def show_confusion(self:DenseResult,
     setting=None,       # None: the last
@@ -491,3 +496,263 @@ def show(self:DenseResult,
     views = ("scores", "classes", "confusion", "maps")
     if what not in views: raise ValueError(f"what={what!r}: expected {', '.join(map(repr, views))}")
     return getattr(self, f"show_{what}")(**chosen)
+
+# %% ../nbs/02ha_dense.ipynb #4806fc80
+@dataclass
+class Split:
+    "Tokens and masks of a dataset, encoded once; under several processes, of the share that this one has."
+    tokens: dict    # id of a base encoder -> its tokens [n, gh, gw, D]
+    masks: torch.Tensor    # [n, height, width]
+    num_classes: int
+    ignore_index: int
+    share: Share    # which images they are of
+    room: object    # makes room for tokens of a shape
+    through: set = field(default_factory=set)    # ids of encoders whose heads are applied already
+
+    def of(self, encoder, images=slice(None)):
+        "Returns the tokens of an encoder [m, gh, gw, D], through its heads, on its device."
+        base, heads = unwrap(encoder)
+        tokens = self.tokens[id(base)][images].to(base.device).float()
+        if id(encoder) in self.through: return tokens
+        for head in heads: tokens = head(tokens)
+        return tokens
+
+    def debiased(self, encoder):
+        "Returns the same split with the tokens of an encoder put through its heads once."
+        base, heads = unwrap(encoder)
+        if not heads: return self
+        tokens = self.room(self.tokens[id(base)].shape)
+        for images in self.chunks(encoder): write_tokens(tokens, images.start, self.of(encoder, images))
+        return replace(self, tokens={id(base): tokens}, through={id(encoder)})
+
+    def grid(self, encoder): return tuple(self.tokens[id(unwrap(encoder)[0])].shape[1:3])
+
+    def chunks(self, encoder, numbers:int=0):
+        "Yields slices of images whose tokens, or so many numbers for each, fit a chunk."
+        base, _ = unwrap(encoder)
+        step = images_per_chunk(max(self.tokens[id(base)][0].numel(), numbers), base.device)
+        for start in range(0, len(self.masks), step): yield slice(start, start + step)
+
+    def shares(self, grid_size, images=slice(None)):
+        "Returns the share of each class in each patch [m, gh, gw, C], see `patch_classes`."
+        return patch_classes(self.masks[images], grid_size, self.num_classes, self.ignore_index)
+
+# %% ../nbs/02ha_dense.ipynb #e13f9e32
+class TokenShelf:
+    "Tokens and masks of datasets, each encoded once."
+    def __init__(self,
+        reading=None,         # a `Reading`: how many images at a time, workers, progress
+        store:str="auto",     # tokens as "float32", "float16" or "memmap"; "auto": the first that fits
+        folder=None,          # of files for "memmap"; None: the system's folder for such files
+    ):
+        kinds = "auto", "float32", "float16", "memmap"
+        if store not in kinds: raise ValueError(f"store={store!r}: expected {', '.join(map(repr, kinds))}")
+        self.reading, self.store, self.folder = Reading.of(reading), store, folder
+        self.tokens, self.masks, self.held = {}, {}, []
+
+    def split(self,
+        encoders,     # name -> encoder
+        data,         # a dataset with masks
+        image_size,   # pixels, one number or (height, width)
+        mask_size,    # likewise
+    ) -> Split:
+        "Returns the tokens and masks of this process's share of a dataset; encodes what is missing."
+        share, (size, shown_as) = Share.of(len(data)), (_pair(image_size), _pair(mask_size))
+        bases = {id(base): base for base in (unwrap(e)[0] for e in encoders.values())}
+        missing = {key: base for key, base in bases.items() if (id(data), key, size) not in self.tokens}
+        masks = self.masks.get((id(data), shown_as))
+        self.held += [data, *missing.values()]   # an id may be given anew when its object is gone
+        if missing or masks is None:
+            shown = Subset(Transformed(data, Evaluation(size, shown_as)), share.images)
+            masks, found = self._read(missing, shown, data.name)
+            self.masks[id(data), shown_as] = masks
+            self.tokens |= {(id(data), key, size): tokens for key, tokens in found.items()}
+        tokens = {key: self.tokens[id(data), key, size] for key in bases}
+        return Split(tokens, masks, data.num_classes, data.ignore_index, share, self._room)
+
+def _pair(size): return (size, size) if isinstance(size, int) else tuple(size)
+
+# %% ../nbs/02ha_dense.ipynb #43e41d35
+@patch
+def _read(self:TokenShelf, bases, shown, name):
+    "Masks [n, h, w] and the tokens of each base; of masks alone where no base is missing."
+    reading = self.reading if this_process()[0] == 0 else self.reading.replace(progress=False)
+    masks, found, done = [], {}, 0
+    if bases: parts = encode_together(bases, shown, reading, name)
+    else: parts = (({}, mask) for _, mask in batches(shown, reading, name))
+    for tokens, mask in parts:
+        masks.append(mask.cpu())
+        for key, some in tokens.items():
+            if not some.isfinite().all():
+                where = f"images {done} to {done + len(some) - 1} of {name}"
+                raise ValueError(f"encoder {bases[key].name}: tokens of {where} are not finite; "
+                                 "is its precision too low? Try dtype=torch.float32")
+            if key not in found: found[key] = self._room((len(shown), *some.shape[1:]))
+            write_tokens(found[key], done, some)
+        done += len(mask)
+    return torch.cat(masks), found
+
+@patch
+def _room(self:TokenShelf, shape):
+    free = psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    sizes = dict(float32=4, float16=2)   # bytes of a number
+    fitting = [kind for kind, size in sizes.items() if size * math.prod(shape) < free / 2]
+    kind = (*fitting, "memmap")[0] if self.store == "auto" else self.store
+    return token_store(shape, kind, self.folder)
+
+# %% ../nbs/02ha_dense.ipynb #d48e9c69
+def prepare_task(
+    encoders,      # name -> encoder, or one encoder
+    train, val,    # datasets with masks
+    protocol,      # a frozen dataclass with `image_size`, `mask_size` and `replace`
+    image_size=None,   # pixels; None: the protocol's
+) -> tuple:
+    "Returns encoders by name, both datasets, and the protocol with its sizes settled."
+    if not isinstance(encoders, dict): encoders = {encoders.name: encoders}
+    if not encoders: raise ValueError("no encoder was given: pass one, or {name: encoder}")
+    taken = [name for name in encoders if name.startswith(CONTROLS)]
+    if taken: raise ValueError(f"an encoder is named {taken[0]!r}, as a control is: take another name")
+    train, val = (as_data(data, masks=True) for data in (train, val))
+    _check_classes(train, val)
+    native = {data.native_size for data in (train, val) if data.native_size}
+    if len(native) > 1:
+        sizes = f"{train.name} is made for {train.native_size} px and {val.name} for {val.native_size}"
+        raise ValueError(f"{sizes}: take both of one size")
+    size = (*native, image_size or protocol.image_size)[0]
+    for encoder in encoders.values(): check_image_size(_pair(size), encoder.patch_size)
+    return encoders, train, val, protocol.replace(image_size=size, mask_size=protocol.mask_size or size)
+
+def _check_classes(train, val):
+    if list(train.classes) == list(val.classes): return
+    pairs = enumerate(zip_longest(train.classes, val.classes))
+    first = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
+    i, (one, other) = first
+    raise ValueError(f"class {i} is {one!r} in {train.name} and {other!r} in {val.name}: what is learned on "
+                     "one is scored on the other, so both need the same classes in order")
+
+# %% ../nbs/02ha_dense.ipynb #d3f3c9fb
+def check_learned(
+    train_pixels,   # of each class in the images that are learned from [C]
+    val_pixels,     # of each class in the images that are scored [C]
+    classes, name:str,   # of the classes, and of the images that are learned from
+    unseen:str="refuse", # or "score": a class without a pixel to learn from is no error, and scores 0
+):
+    "Raises `ValueError` where a scored class has no pixel to learn from, or only one class is scored."
+    train_pixels, val_pixels = np.asarray(train_pixels), np.asarray(val_pixels)
+    shown = [classes[i] for i in np.flatnonzero(val_pixels)]
+    if len(shown) < 2:
+        raise ValueError(f"the masks to score show {shown or 'no class'}: with fewer than two classes any "
+                         "prediction scores 100 %; score images that show more")
+    missing = [classes[i] for i in np.flatnonzero((val_pixels > 0) & (train_pixels == 0))]
+    if missing and unseen == "refuse":
+        told = f"no pixel of {name} shows {', '.join(missing)}, which the scored images show"
+        raise ValueError(f"{told}: it cannot be learned; take more images to learn from, or let it score 0: "
+                         "unseen='score'")
+
+# %% ../nbs/02ha_dense.ipynb #dd1cfd11
+def score_split(
+    split,           # of the images to score
+    encoder,         # whose tokens are taken
+    scores_of,       # tokens [m, gh, gw, D] -> class scores [m, gh, gw, C]
+    name:str, setting:str, seed:int,   # of the run
+    examples=(),     # images whose predicted classes are kept
+) -> DenseRun:
+    "Returns the run of an encoder over all images."
+    counts, maps, size = [], {}, split.masks.shape[1:]
+    for images in split.chunks(encoder, math.prod(size) * split.num_classes):
+        scores = scores_of(split.of(encoder, images))
+        counts.append(count_scores(scores, split.masks[images], split.ignore_index))
+        for i in range(len(scores)):
+            place = split.share.images[images.start + i]
+            if place in examples: maps[place] = predicted_pixels(scores[i:i + 1], size)[0].cpu().numpy()
+    return whole_dense_run(name, setting, seed, Counts.stack(counts), maps, examples)
+
+def whole_dense_run(
+    name:str, setting:str, seed:int,
+    counts,        # `Counts` of this process's images
+    maps:dict,     # image -> predicted classes, of those examples that this process has
+    examples=(),   # in this order
+) -> DenseRun:
+    "Returns a run, put together from the images of all processes."
+    matrices, found = zip(*gather((counts.matrix, maps)))
+    whole = Counts.stack([Counts(m, counts.k, counts.num_classes) for m in matrices])
+    found = {i: one.astype(np.uint16) for some in found for i, one in some.items()}
+    return DenseRun(name, setting, seed, whole, [found[i] for i in examples])
+
+# %% ../nbs/02ha_dense.ipynb #a9b92928
+def task_controls(
+    train, val,    # `Split`s
+    grids,         # (gh, gw) of the encoders
+    setting="",    # as in `DenseRun`
+    images=slice(None),   # of the split that is learned from
+) -> list:
+    "Returns the `DenseRun` of each control over all images, under several processes too."
+    runs, grids = {}, dict.fromkeys(grids)
+    for grid in grids:
+        shares = sum(gather(train.shares(grid, images).sum(0)))
+        named = "x".join(map(str, grid)) if len(grids) > 1 else ""
+        for run in run_controls(shares, val.masks, val.ignore_index, setting, named):
+            if run.encoder in runs: continue
+            runs[run.encoder] = whole_dense_run(run.encoder, setting, 0, run.counts, {})
+    return list(runs.values())
+
+def class_totals(
+    split,    # a `Split`
+) -> np.ndarray:
+    "Returns the pixels of each class in the images of all processes [C]."
+    known = split.masks[split.masks != split.ignore_index].flatten().long()
+    return sum(gather(torch.bincount(known, minlength=split.num_classes).numpy()))
+
+# %% ../nbs/02ha_dense.ipynb #f82224d3
+_FORMAT = "rasa_nb.dense.1"
+
+def dense_files(
+    folder,             # None: no file
+    task:str, encoders, train, val,
+    protocol,           # as run
+    wanted,             # pairs (setting, seed)
+    examples=(),
+) -> dict:
+    "Returns {(encoder, setting, seed): path, or None} for every run that is asked for, in order."
+    keys = [(name, setting, seed) for name in encoders for setting, seed in wanted]
+    if folder is None: return dict.fromkeys(keys)
+    read_later = "name", "seeds", "draws"   # counts stay the same
+    knobs = {name: value for name, value in asdict(protocol).items() if name not in read_later}
+    sources = [data_source(data, masks=True, load=True) for data in (train, val)]
+    about = [task, knobs, sources, train.ignore_index, val.ignore_index, list(val.classes), list(examples)]
+    stems = {name: _hash([fingerprint(encoder), *about]) for name, encoder in encoders.items()}
+    return {(name, setting, seed): Path(folder) / f"{stems[name]}-{_hash(setting)[:6]}-seed{seed}.safetensors"
+            for name, setting, seed in keys}
+
+def _hash(values):
+    text = json.dumps(values, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+# %% ../nbs/02ha_dense.ipynb #62451cac
+def write_dense_run(
+    run,    # a `DenseRun`
+    path,   # of the file
+):
+    "Writes a run's counts and maps, whole or not at all."
+    rows = run.counts.matrix
+    tensors = {name: torch.from_numpy(np.asarray(getattr(rows, name))) for name in _PARTS}
+    tensors |= {f"map{i}": torch.from_numpy(one.astype(np.int32)) for i, one in enumerate(run.maps)}
+    write_safetensors(path, tensors, _FORMAT, dict(shape=list(run.counts.shape), setting=run.setting))
+
+def read_dense_runs(
+    files:dict,    # (encoder, setting, seed) -> path or None
+) -> dict:
+    "Returns {(encoder, setting, seed): `DenseRun`} of the files that are there; the first process reads."
+    if this_process()[0]: return gather(None)[0]
+    return gather({key: _read_run(path, *key) for key, path in files.items() if path and path.exists()})[0]
+
+def _read_run(path, encoder, setting, seed):
+    try: tensors, about = read_safetensors(path, _FORMAT)
+    except (ValueError, KeyError) as e:
+        raise ValueError(f"{path} is no saved run: delete it to have it computed again ({e})") from e
+    images, k, classes = about["shape"]
+    rows = csr_array(tuple(tensors[name].numpy() for name in _PARTS), shape=(images, k * classes))
+    maps = [tensors[f"map{i}"].numpy() for i in range(len(tensors) - len(_PARTS))]
+    return DenseRun(encoder, setting, seed, Counts(rows, k, classes), maps)
+
+_PARTS = "data", "indices", "indptr"
