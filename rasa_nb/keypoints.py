@@ -477,7 +477,7 @@ def _rows(self:CorrespondenceResult, kind, names):
 
 @patch(as_prop=True)
 def table(self:CorrespondenceResult) -> pd.DataFrame:
-    "PCK per image in percent, by the protocol: a row per view and encoder or control, a column per threshold."
+    "PCK per image in percent, by the protocol: a row per view and encoder or control, columns by threshold."
     both = pd.concat([self.frame, self.controls.rename(columns=dict(control="encoder"))])
     both = both[both.relative == self.protocol.relative]
     wide = both.pivot(index=["view", "encoder"], columns="threshold", values="pck")
