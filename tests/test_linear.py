@@ -174,11 +174,11 @@ def test_classes_that_a_plane_separates_give_100():
 def test_tokens_of_position_alone_give_the_class_prior_of_each_cell(by_place):
     train, val = colored(60, 0, by_place), colored(20, 1, by_place)
     encoders = {"place": placed(), "most of it": placed(columns=35)}
-    result = linear_segmentation(encoders, train, val, quick.replace(ridge=1e-9, steps=400))
+    result = linear_segmentation(encoders, train, val, quick.replace(ridge=1e-9, steps=120, seeds=(0,)))
     prior = result.controls.set_index("control").miou["class prior of each cell"]
     frame = result.frame.set_index(["encoder", "probe"]).miou
     assert frame["place", "ridge"].item() == pytest.approx(prior)
-    assert frame["place", "linear"].mean() == pytest.approx(prior, abs=3)
+    assert frame["place", "linear"].mean() == pytest.approx(prior, abs=4)
     assert result.near_control("ridge") == list(encoders) and result.change.means_nothing.all()
     assert "class prior of each cell" in result.notes[0] and "means nothing" in result.to_markdown()
 
@@ -273,7 +273,7 @@ def noisy(n=12, weights=((0, .2), (1, .1), (2, 5.)), seeds=(0, 1, 2)):
             runs.append(DenseRun("abc"[e], "all", seed, count_scores(scores, masks)))
     controls = run_controls(patch_classes(masks, (4, 4), 3).mean(0), masks)
     about = dict(name="toys", images=n)
-    return DenseResult("a task", "memory", runs, controls, STORED_LINEAR, about, about, tuple(NAMES))
+    return DenseResult("a task", "memory", runs, controls, STORED_LINEAR.replace(draws=40), about, about, tuple(NAMES))
 
 
 def test_changes_are_paired_by_seed_and_their_images_drawn_alike():
