@@ -59,7 +59,7 @@ def in_context(
     if folder: check_folder(folder, "folder")
     groups = by_size(published(encoders) if protocol.published_std else encoders, image_size, protocol)
     examples = tuple(i for i in examples if i < len(val))
-    prepared = [prepare_task(some, train, val, protocol, size) for size, some in groups.items()]
+    prepared = [prepare_task(some, train, val, protocol, size) for (size, _), some in groups.items()]
     for some, *_, own in prepared: memory_plan(own, len(train), math.prod(_grid(some, own)))
     runs, controls = [], {}
     for some, _, _, own in prepared:
@@ -67,6 +67,7 @@ def in_context(
         runs += found
         controls |= {run.encoder: run for run in name_grids(floor, some, own, len(prepared) > 1)}
     runs.sort(key=lambda run: list(encoders).index(run.encoder))
+    if len({size for size, _ in groups}) > 1: own = own.replace(image_size=protocol.image_size)
     return context_result(runs, list(controls.values()), train, val, own, examples)
 
 # %% ../nbs/02j_retrieval.ipynb #rt00091
@@ -534,12 +535,12 @@ def asked_protocol(protocol, **asked) -> Context:
     return protocol.replace(**{name: value for name, value in asked.items() if value is not None})
 
 def by_size(encoders, image_size, protocol) -> dict:
-    "Returns {pixels: {name: encoder}}: what was asked for, or the protocol's, rounded down to whole patches."
+    "Returns {(pixels, patch size): {name: encoder}}: pixels asked for, or the protocol's in whole patches."
     if not encoders: raise ValueError("no encoder was given: pass one, or {name: encoder}")
     groups = {}
     for name, encoder in encoders.items():
         size = image_size or whole_patches(protocol.image_size, encoder.patch_size)
-        groups.setdefault(size, {})[name] = encoder
+        groups.setdefault((size, encoder.patch_size), {})[name] = encoder
     return groups
 
 def whole_patches(size, patch_size:int):
