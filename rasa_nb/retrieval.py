@@ -369,6 +369,7 @@ def read_patches(
                 patches.add(own, values[b], i, order, limits[i])
     return patches.settle()
 
+# %% ../nbs/02j_retrieval.ipynb #rt00501
 def training_parts(encoders, bases, train, protocol, limits, seed, epoch, reading, shelf):
     "Yields numbers of images, their tokens by base, and their masks: those that a memory takes any patch of."
     size, wanted = protocol.image_size, np.flatnonzero(limits.any(1)).tolist()
@@ -489,10 +490,11 @@ def context_runs(
     controls = [replace(run, encoder=run.setting, setting="") for run in controls.values()]
     return [runs[key] for key in files], controls
 
+# %% ../nbs/02j_retrieval.ipynb #rt00652
 def run_files(folder, encoders, train, val, protocol, examples) -> tuple:
     "Returns {(encoder, setting, seed): path or None} of the runs, and of the controls, which are settings."
     wanted = [(text, seed) for *_, text, seeds in settings_of(protocol) for seed in seeds]
-    one = protocol.replace(memory=None, share=1)   # a run is the same beside other memories
+    one = protocol.replace(memory=None, share=1)
     files = dense_files(folder, "in context", encoders, train, val, one, wanted, examples)
     first = dict([next(iter(encoders.items()))])
     told = [(name, 0) for name in CONTROLS]
