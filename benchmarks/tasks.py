@@ -3,20 +3,22 @@
     python benchmarks/tasks.py --mae runs/mae/tiny.safetensors
     python benchmarks/tasks.py --cases "galileo on water" tiny --tasks linear in_context
     python benchmarks/tasks.py --cases tiny --images 60 --steps 20 --out quick.json
+    python benchmarks/tasks.py --cases "deit on VOC" --images 60 --steps 50 --cost
 
 Heads are those that benchmarks/methods.py fitted, and are fitted where they are not there yet. What is learned
 with labels is learned on the split `pick` and scored on `report`. Fills results/tasks.json case by case and goes
-on where it was stopped: finished runs are kept in --folder. Prints Markdown.
+on where it was stopped: finished runs are kept in --folder. Prints Markdown. The last command measures what it
+costs to score all methods at once, in linear and in-context segmentation, against each task and method by itself.
 """
 import argparse
 import json
 import time
 from pathlib import Path
 
-from rasa_nb.linear import STORED_LINEAR
+from rasa_nb.linear import STORED_LINEAR, linear_segmentation
 from rasa_nb.matching import LEOPART
 from rasa_nb.reading import Reading
-from rasa_nb.retrieval import UPRIGHT
+from rasa_nb.retrieval import UPRIGHT, in_context
 from rasa_nb.store import atomic
 from rasa_nb.tasks import TASKS, evaluate
 
@@ -46,6 +48,30 @@ def run_case(name, args):
     return about | table.to_dict()
 
 
+def cost(name, args):
+    "Seconds of this process for linear and in-context segmentation, of all methods at once and one by one."
+    case = open_case(name, args.shared, args.mae).first(args.images or 60)
+    encoders = {"none": case.encoder} | fitted(name, case, args)
+    seen, knobs = [], protocols(case, args)
+    counter = case.encoder.model.patch_embed
+    hook = counter.register_forward_hook(lambda module, images, out: seen.append(len(out)))
+    def timed(run):
+        seen.clear()
+        start = time.process_time()
+        run()
+        return dict(seconds=time.process_time() - start, images=sum(seen))
+    rest = dict(image_size=case.size, seeds=(0,), reading=args.reading.replace(progress=False), examples=())
+    splits = case.pick, case.report
+    together = timed(lambda: evaluate(encoders, *splits, ("linear", "in_context"), protocols=knobs, **rest))
+    def one_by_one():
+        for method, encoder in encoders.items():
+            linear_segmentation({method: encoder}, *splits, knobs["linear"], **rest)
+            in_context({method: encoder}, *splits, knobs["in_context"], **rest)
+    alone = timed(one_by_one)
+    hook.remove()
+    return dict(encoders=len(encoders), images=len(case.pick) + len(case.report), together=together, alone=alone)
+
+
 def arguments():
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
@@ -57,6 +83,7 @@ def arguments():
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--steps", type=int, help="of the linear layer; the protocol's by default")
     add("--images", type=int, help="the first so many of each split; all by default")
+    add("--cost", action="store_true", help="measure what it costs at once and one by one, and write nothing")
     add("--shared", type=Path, default=SHARED, help="folder of real weights and data")
     add("--batch_size", type=int, default=32)
     add("--folder", type=Path, default=here.parent / "runs" / "methods", help="of fitted heads and finished runs")
@@ -68,6 +95,7 @@ def arguments():
 
 def main():
     args = arguments()
+    if args.cost: return [print(name, json.dumps(rounded(cost(name, args)))) for name in args.cases]
     record = load(args.out)
     asked = dict(tasks=args.tasks, methods=args.methods, seeds=args.seeds, images=args.images, steps=args.steps)
     for name in args.cases:

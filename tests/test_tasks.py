@@ -37,7 +37,7 @@ def counted():
 
     base = encoder_of(tokens, 8)
     keep = torch.eye(8)
-    keep[3:] = 0
+    keep[4:] = 0
     encoders = {"before": base, "after": DebiasedEncoder(base, RASAHead(keep), "after"),
                 "half": DebiasedEncoder(base, RASAHead(torch.eye(8) / 2), "half")}
     train, val = colored(12), colored(8, 1)
