@@ -3,9 +3,10 @@
     python benchmarks/correspondence.py                  # about two minutes on one core
     python benchmarks/correspondence.py --cases tiny
 
-For each encoder before and after RASA: PCK by the keypoints' box, of the nearest token and of the soft-argmax,
-with the target as it is, flipped, turned and shifted. RASA learns from 200 images of the case, whose masks are
-never looked at. The two kinds of objects that lie beside the project make 180 ordered pairs of 20 images.
+For each encoder before and after RASA: PCK by the keypoints' box, of the nearest token and of the
+soft-argmax, with the target as it is, flipped, turned and shifted. RASA learns from 200 images of the case,
+whose masks are never looked at. The two kinds of objects that lie beside the project make 180 ordered pairs
+of 20 images.
 Writes benchmarks/results/correspondence.json, case by case. PF-WILLOW: Ham et al., 2016, for research.
 """
 import argparse
@@ -30,7 +31,8 @@ def measure(case):
     encoders = dict(before=case.encoder, after=remover.attach(case.encoder))
     results = {name: correspondence(encoders, PFWillow(SHARED / "data/pf_willow"), protocol, case.size, VIEWS)
                for name, protocol in PROTOCOLS.items()}
-    about = dict(size=case.size, learned_from=case.learn.name, images=len(case.learn), removed=remover.basis_.shape[1])
+    about = dict(size=case.size, learned_from=case.learn.name, images=len(case.learn))
+    about["removed"] = remover.basis_.shape[1]
     return about | {name: told(result) for name, result in results.items()}
 
 
@@ -42,7 +44,8 @@ def told(result):
     return found | dict(change=[rounded(row) for row in found["change"]])
 
 
-def rounded(row): return {name: round(value, 2) if isinstance(value, float) else value for name, value in row.items()}
+def rounded(row):
+    return {name: round(value, 2) if isinstance(value, float) else value for name, value in row.items()}
 
 
 def main():

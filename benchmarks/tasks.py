@@ -32,7 +32,7 @@ def protocols(case, args):
     "The protocols of a case: K-means started once, and masks of 100 px for all tasks."
     clusters = LEOPART.replace(n_init=1, max_iter=30, k=case.k)
     linear = STORED_LINEAR.replace(unseen="score", steps=args.steps or STORED_LINEAR.steps)
-    return dict(overcluster=clusters, linear=linear, in_context=UPRIGHT.replace(mask_size=100))
+    return dict(overcluster=clusters, linear=linear, in_context=UPRIGHT.replace(mask_size=100, unseen="score"))
 
 
 def run_case(name, args):

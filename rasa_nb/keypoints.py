@@ -116,6 +116,7 @@ class Pair:
         if self.box is not None: low, high = np.array(self.box[:2]), np.array(self.box[2:])
         return float((high - low).max())
 
+# %% ../nbs/02jb_keypoints.ipynb #kp00212
 class KeypointPairs:
     "Pairs of images with keypoints."
     def __init__(self,
@@ -311,6 +312,7 @@ def by_size(encoders, size, protocol) -> dict:
         groups.setdefault((grid, pixels), {})[name] = encoder
     return groups
 
+# %% ../nbs/02jb_keypoints.ipynb #kp00461
 def encoded_images(
     bases,       # key -> base encoder
     images,      # a dataset
@@ -352,6 +354,7 @@ def matched_places(
                     found[i] = pair_places(*z, pair, sizes, grid_size, protocol)
     return {key: np.concatenate([found[i] for i in range(len(pairs))]) for key, found in places.items()}
 
+# %% ../nbs/02jb_keypoints.ipynb #kp00472
 @torch.no_grad()
 def pair_places(source, target, pair, sizes, grid_size, protocol) -> np.ndarray:
     "Returns where the points of a pair are found in the target [K, 2], in its pixels."
@@ -477,7 +480,7 @@ def _rows(self:CorrespondenceResult, kind, names):
 
 @patch(as_prop=True)
 def table(self:CorrespondenceResult) -> pd.DataFrame:
-    "PCK per image in percent, by the protocol: a row per view and encoder or control, a column per threshold."
+    "PCK per image in percent, by the protocol: a row per view and encoder or control, columns by threshold."
     both = pd.concat([self.frame, self.controls.rename(columns=dict(control="encoder"))])
     both = both[both.relative == self.protocol.relative]
     wide = both.pivot(index=["view", "encoder"], columns="threshold", values="pck")
@@ -532,6 +535,7 @@ def _changes(self:CorrespondenceResult):
     names = "mean", "pairs_low", "pairs_high", "images_low", "images_high", "means_nothing"
     return pd.DataFrame(rows, columns=["encoder", "view", "threshold", *names])
 
+# %% ../nbs/02jb_keypoints.ipynb #kp00591
 @patch
 def near_control(self:CorrespondenceResult, view, threshold=None) -> list:
     "Returns the encoders less than three points above the better control, or perhaps not above it."
@@ -558,6 +562,7 @@ def _nothing(self:CorrespondenceResult, view):
     said = f"{view}: {names} {verb} near or below {best} ({scores[best]:.1f} at {threshold:g})"
     return said + (": a difference between two of them means nothing." if len(near) > 1 else ".")
 
+# %% ../nbs/02jb_keypoints.ipynb #kp00611
 @patch(as_prop=True)
 def summary(self:CorrespondenceResult) -> pd.DataFrame:
     "A row of text per view and encoder or control: PCK at each threshold, the change at the main one."
