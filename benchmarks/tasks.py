@@ -2,8 +2,8 @@
 
     python benchmarks/tasks.py --mae runs/mae/tiny.safetensors
     python benchmarks/tasks.py --cases "galileo on water" tiny --tasks linear in_context
-    python benchmarks/tasks.py --cases tiny --images 60 --steps 20 --out quick.json
-    python benchmarks/tasks.py --cases "deit on VOC" --images 60 --steps 50 --cost
+    python benchmarks/tasks.py --cases tiny --images 60 --steps 20 --folder quick --out quick.json
+    python benchmarks/tasks.py --cases "deit on VOC" --images 60 --steps 50 --folder quick --cost
 
 Heads are those that benchmarks/methods.py fitted, and are fitted where they are not there yet. What is learned
 with labels is learned on the split `pick` and scored on `report`. Fills results/tasks.json case by case and goes

@@ -336,8 +336,8 @@ def _nothing(self:DenseResult, setting):
     if len(near) < 2: return ""
     names = "all encoders" if len(near) == len(self.encoders) else ", ".join(near)
     of = f"{self.knob} {setting}: " if setting else ""
-    return (f"{of}{names} stand near a control ({control}, {floor:.1f}): "
-            "a difference between two of them means nothing.")
+    return (f"{of}{names} stand near a control ({control}, {floor:.1f}), or cannot be told from it by these "
+            "images: a difference between two of them means nothing.")
 
 # %% ../nbs/02hb_dense.ipynb #2d7be2c9
 @patch(as_prop=True)

@@ -599,9 +599,11 @@ def linear_segmentation(
     shelf=None,           # a `TokenShelf` that other tasks share; None: one for this call
 ) -> DenseResult:
     "Returns the mIoU of linear layers, and of a ridge regression, on every encoder's tokens."
-    encoders, train, val, protocol = prepare_task(encoders, train, val, protocol, image_size)
+    reading = Reading.of(reading)
+    size = image_size or reading.size
+    encoders, train, val, protocol = prepare_task(encoders, train, val, protocol, size)
     if seeds is not None: protocol = protocol.replace(seeds=(seeds,) if np.isscalar(seeds) else tuple(seeds))
-    reading, examples = Reading.of(reading), tuple(i for i in examples if i < len(val))
+    examples = tuple(i for i in examples if i < len(val))
     if folder: check_folder(folder, "folder")
     wanted = [("linear", seed) for seed in protocol.seeds]
     if protocol.ridge is not None: wanted = [("ridge", 0), *wanted]

@@ -21,7 +21,7 @@ from .store import SharedTokens, check_folder, write_whole
 from .head import DebiasedEncoder, unwrap
 from .matching import LEOPART
 from .segmentation import CELLS, drawing, new_axes, overcluster, without_nan
-from .dense import NEAR, prepare_task
+from .dense import NEAR, TokenShelf, prepare_task
 from .linear import STORED_LINEAR, linear_segmentation
 from .retrieval import UPRIGHT, in_context
 from .keypoints import NEAREST, correspondence
@@ -52,18 +52,18 @@ def evaluate(
     encoders, train, val, _ = prepare_task(encoders, train, val, protocols["linear"], image_size)
     if folder: check_folder(folder, "folder")
     reading = Reading.of(reading).replace(size=image_size or Reading.of(reading).size)
-    results, rest = {}, dict(seeds=seeds, reading=reading, examples=examples)
-    sizes = dict(image_size=reading.size)
+    results, rest = {}, dict(seeds=seeds, reading=reading, folder=folder, examples=examples)
+    size, shelf = dict(image_size=reading.size), TokenShelf(reading)
     with _remembered(encoders) as shared:
         for task in sorted(tasks, key=_fails_first):
             given = protocols[task]
             if task == "overcluster":
-                results[task] = overcluster(shared, val, None, given, folder=folder, **rest)
-            elif task == "linear":
-                results[task] = linear_segmentation(shared, train, val, given, folder=folder, **sizes, **rest)
-            elif task == "in_context":
-                results[task] = in_context(shared, train, val, given, **sizes, **rest)
-            else: results[task] = correspondence(shared, pairs, given, reading=reading, **sizes)
+                results[task] = overcluster(shared, val, None, given, **rest)
+            elif task == "correspondence":
+                results[task] = correspondence(shared, pairs, given, reading=reading, **size)
+            else:
+                score = linear_segmentation if task == "linear" else in_context
+                results[task] = score(shared, train, val, given, shelf=shelf, **size, **rest)
     return TaskTable({task: results[task] for task in tasks})
 
 def _fails_first(task):
