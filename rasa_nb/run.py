@@ -43,6 +43,9 @@ class Config:
     "The parameters of a run, checked."
     model: str = "tiny"       # "tiny", "vits", "vitb", "vitl" (DINOv3), "dinov2_vits", ... or any ViT of timm
     checkpoint: str = ""      # file with its weights; empty: bundled, or from timm's hub
+    weights: str = ""         # which of a checkpoint's: "ema", "raw" or a name in it; empty: an average, if any
+    mean: str = ""            # of its training images, "0.5" or "0.5,0.4,0.4"; empty: as the model says
+    std: str = ""             # of the same
     data: str = "auto"        # "scenes", "voc", or "auto": scenes for tiny, VOC for all others
     data_dir: str = "data"    # folder that holds, or will hold, VOCdevkit
     download: bool = True     # fetch VOC (2.0 GB) into data_dir where it is absent
@@ -83,6 +86,29 @@ def ks(self:Config):
 def _numbers(k):
     several = str(k).split(",") if isinstance(k, (int, str)) else k
     return tuple(int(n) for n in several)
+
+# %% ../nbs/02o_run.ipynb #c0a6
+@patch
+def load_encoder(self:Config,
+    device=None,   # None: the run's
+):
+    "Returns the encoder of this run, with its weights."
+    named = dict(weights=self.weights, mean=_channels("mean", self.mean), std=_channels("std", self.std))
+    options = {name: value for name, value in named.items() if value}
+    device = device or self.device or None
+    return rasa_nb.load_encoder(self.model, self.checkpoint or None, device, **options)
+
+def _channels(name, given):
+    "One number or three, of text as it comes from a command; None for ''."
+    if given == "": return None
+    several = given.split(",") if isinstance(given, str) else given
+    several = several if isinstance(several, (list, tuple)) else [several]
+    try: values = tuple(map(float, several))
+    except (TypeError, ValueError): values = ()
+    good = len(values) in (1, 3) and all(abs(v) < float("inf") for v in values)
+    if good and (name == "mean" or min(values) > 0): return values
+    above = ", above 0" if name == "std" else ""
+    raise ValueError(f"{name}={given!r}: expected one number or three, such as '0.5,0.4,0.4'{above}")
 
 # %% ../nbs/02o_run.ipynb #c0a3
 @patch(as_prop=True)
@@ -138,10 +164,13 @@ def check(self:Config):
     from rasa_nb.encoders import check_name
     for f in fields(self):
         value = getattr(self, f.name)
-        if f.name != "k" and not value is f.default is None: _check_value(f.name, value, f.type)
+        if f.name in ("mean", "std"): _channels(f.name, value)
+        elif f.name != "k" and not value is f.default is None: _check_value(f.name, value, f.type)
     check_name(self.model)
     if self.checkpoint and not Path(self.checkpoint).is_file():
         raise FileNotFoundError(f"checkpoint={self.checkpoint!r}: no such file")
+    if self.weights and not self.checkpoint and not self.model.startswith("hub:"):
+        raise ValueError(f"weights={self.weights!r} chooses among those of a file: give `checkpoint`")
     if not _is_folder_name(self.run_name):
         raise ValueError(f"run_name={self.run_name!r}: expected a plain folder name, "
                          f"such as {plain_name(self.run_name)!r}")
@@ -237,18 +266,19 @@ def identify(
 ) -> dict:
     "Returns hashes of what a run of these parameters reads: weights, and the content of images and masks."
     learn, score = open_data(config)
+    asked = [(name, getattr(config, name)) for name in ("model", "checkpoint", "weights")]
+    asked += [(name, _channels(name, getattr(config, name)) or "") for name in ("mean", "std")]
     files = tuple(map(_stamps, (config.model, config.checkpoint)))
-    weights = _hash_of_weights(config.model, config.checkpoint, files)
-    return _identity(weights, learn, score)
+    return _identity(_hash_of_weights(tuple(asked), files), learn, score)
 
 def _identity(weights, learn, score):
     from rasa_nb.data import content
     return dict(weights=weights, learn=content(learn, masks=False), score=content(score, masks=True))
 
 @lru_cache(8)
-def _hash_of_weights(model, checkpoint, stamps):
+def _hash_of_weights(asked, stamps):
     from rasa_nb.store import encoder_hash
-    return encoder_hash(rasa_nb.load_encoder(model, checkpoint or None, "cpu"))
+    return encoder_hash(Config(**dict(asked)).load_encoder("cpu"))
 
 def _stamps(path):
     "Size and time of the files at a path, if there are any."
@@ -304,8 +334,7 @@ def fit_run(
     check_places(config)
     progress = progress and rank == 0
     stages, reading = Stages(quiet=not progress), config.reading(progress)
-    with stages("load"):
-        encoder = rasa_nb.load_encoder(config.model, config.checkpoint or None, config.device or None)
+    with stages("load"): encoder = config.load_encoder()
     grid_size = check_image_size(config.pixels, encoder.patch_size)
     _check_room(config, encoder.embed_dim, grid_size)
     if config.cache_dir: encoder = SharedTokens(encoder, Path(config.cache_dir) / "tokens")
