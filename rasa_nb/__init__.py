@@ -4,6 +4,7 @@ import lazy_loader
 # A name is imported when it is first used: `import rasa_nb.matching` loads no widget, no plot, no method.
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs=dict(
     data=["ImageFolder", "ImageList", "ImageMaskFolder", "VOCSegmentation"],
+    datasets=["list_datasets", "load_dataset"],
     reading=["Reading"],
     scenes=["Scenes"],
     patch_encoder=["PatchEncoder"],
