@@ -21,5 +21,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs=dict(
     explorer=["explore"],
     deploy=["export_onnx", "fold", "load_from_hub", "push_to_hub"],
     comparison=["compare_methods"],
+    published=["list_published"],
     report=["Report"],
+    reproduction=["reproduce"],
 ))

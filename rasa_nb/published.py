@@ -45,7 +45,7 @@ class Published:
 def read_published(
     path,    # a JSON file as `rasa_nb/static/published.json`
 ) -> tuple:
-    "Returns the numbers of a file, and what it says of knobs, by name. Raises `ValueError` if a row is broken."
+    "Returns the numbers of a file, and what it says of knobs. Raises `ValueError` if it is broken."
     told = json.loads(Path(path).read_text(encoding="utf-8"))
     numbers = [n for name, table in told["tables"].items() for n in _numbers(name, table)]
     unknown = {knob for n in numbers for knob in n.knobs} - set(told["knobs"])

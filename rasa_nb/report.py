@@ -479,6 +479,8 @@ def save(self:Report, folder):
     for name, content in files.items(): write_whole(folder / name, content)
     return folder
 
+_data_places = "data_dir", "data_root", "learn_root", "learn_data"
+
 def keep_record(
     run,            # folder of a finished run
     folder="benchmarks/results",
@@ -488,7 +490,7 @@ def keep_record(
     run = Path(run)
     record = _read_record(run / "run.json")
     parameters = record["parameters"]
-    for place in ("checkpoint", "data_dir", "out_dir", "moments_file", "cache_dir"):
+    for place in ("checkpoint", "out_dir", "moments_file", "cache_dir", *_data_places):
         if parameters.get(place): parameters[place] = Path(parameters[place]).name
     model = parameters["model"]
     if _is_path(model): record = _renamed(record, model, Path(model).name)
