@@ -91,8 +91,16 @@ def find_row(
 def list_published(
     published=PUBLISHED,    # numbers
 ):
-    "Returns a table with a row for each published number."
+    "Returns a table with a line for each published row."
     import pandas as pd
-    columns = "row", "printed", "task", "data", "images", "k", "before", "after", "seeds", "source"
-    frame = pd.DataFrame([{name: getattr(n, name) for name in columns} for n in published], columns=columns)
-    return frame.rename(columns=dict(printed="encoder", before="mIoU", after="with RASA"))
+    lines = [_line(find_row(row, published)) for row in dict.fromkeys(n.row for n in published)]
+    return pd.DataFrame(lines)
+
+def _line(numbers):
+    first = numbers[0]
+    about = dict(row=first.row, encoder=first.printed, task=first.task, data=first.data, images=first.images)
+    scores = {"mIoU": [n.before for n in numbers], "with RASA": [n.after for n in numbers]}
+    ks = [f"K={n.k}: " if n.k else "" for n in numbers]
+    texts = {kind: ", ".join(f"{k}{score:g}" for k, score in zip(ks, some) if score is not None)
+             for kind, some in scores.items()}
+    return about | texts | dict(seeds=first.seeds, source=first.source)

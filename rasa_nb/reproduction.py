@@ -195,7 +195,8 @@ def prepare(
     if rehearsed: changed["weights"] = "random", "the model's own"
     if resampling != "official": changed["resampling"] = resampling, "official"
     how = dict(pretrained=False) if rehearsed else {}
-    return config, how | dict(resampling=resampling) * (resampling != "official"), changed
+    if "resampling" in changed: how["resampling"] = resampling
+    return config, how, changed
 
 # %% ../nbs/04a_reproduction.ipynb #rp31
 def reproduce_by_options(
@@ -214,7 +215,7 @@ def main(argv=None):
     "Make a published row again by its own protocol. Exit code 1: a number differs by more than luck."
     parser = _parser()
     options = vars(parser.parse_args(argv))
-    if options["list"]: return print(list_published().fillna("").to_string(index=False))
+    if options["list"]: return print(list_published().drop(columns="source").to_string(index=False))
     if not options["row"]: parser.error("which row? --list shows all")
     try:
         if options["out"]:

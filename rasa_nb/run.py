@@ -110,10 +110,11 @@ def _numbers(k):
 @patch
 def load_encoder(self:Config,
     device=None,   # None: the run's
+    **options,     # more of `rasa_nb.load_encoder`
 ):
     "Returns the encoder of this run, with its weights."
     named = dict(weights=self.weights, mean=_channels("mean", self.mean), std=_channels("std", self.std))
-    options = {name: value for name, value in named.items() if value}
+    options |= {name: value for name, value in named.items() if value}
     device = device or self.device or None
     return rasa_nb.load_encoder(self.model, self.checkpoint or None, device, **options)
 
