@@ -72,7 +72,8 @@ def caption(self:Reproduction) -> str:
 # %% ../nbs/04a_reproduction.ipynb #rp16
 @patch(as_prop=True)
 def table(self:Reproduction):
-    "A row for each published number: it, ours (%), the difference with its 95 % interval, and what follows."
+    """A row for each published number: it, ours (%), the difference with its 95 % interval, what follows,
+    and our score where the clusters are named on other images."""
     import pandas as pd
     return pd.DataFrame([self._line(*one) for one in self._each])
 
@@ -85,13 +86,14 @@ def _each(self:Reproduction):
 @patch
 def _line(self:Reproduction, number, encoder, published):
     frame = self.result.frame
-    scores = frame[(frame.encoder == encoder) & (frame.k == number.k)].miou
-    mean, low, high = difference_to(published, scores.to_numpy(), number.seeds)
+    some = frame[(frame.encoder == encoder) & (frame.k == number.k)]
+    mean, low, high = difference_to(published, some.miou.to_numpy(), number.seeds)
     apart = "" if low != low else f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
-    measured = f"{scores.mean():.1f} ± {scores.std(ddof=0):.1f}"
-    row = dict(encoder=encoder, K=number.k, published=f"{published:g}", measured=measured)
-    verdict = self._verdict(encoder, low, high)
-    return row | dict(difference=apart or f"{mean:+.1f}", verdict=verdict)
+    row = dict(encoder=encoder, K=number.k, published=f"{published:g}", measured=_spread(some.miou))
+    row |= dict(difference=apart or f"{mean:+.1f}", verdict=self._verdict(encoder, low, high))
+    return row | {"held out": _spread(some.held_out)}
+
+def _spread(scores): return f"{scores.mean():.1f} ± {scores.std(ddof=0):.1f}"
 
 # %% ../nbs/04a_reproduction.ipynb #rp17
 _rounded = .05   # what rounding to a digit may have moved a printed number
@@ -106,12 +108,15 @@ def _verdict(self:Reproduction, encoder, low, high):
 @patch(as_prop=True)
 def notes(self:Reproduction) -> list:
     "What follows, in sentences: what was not as published, or what is known to move such numbers."
+    beside = [f"{c.control} {c.miou:.1f} (K={c.k})" for c in self.result.controls.itertuples()]
+    controls = f"Controls, measured the same way: {', '.join(beside)}."
     if self.differs:
         said = [f"{knob} {here} (published: {there})" for knob, (here, there) in self.differs.items()]
-        return [f"Not the published question, so nothing follows from the differences: {'; '.join(said)}."]
-    if "differs" not in self.verdicts: return ["Nothing differs by more than the luck of K-means."]
+        why = f"Not the published question, so nothing follows from the differences: {'; '.join(said)}."
+        return [why, controls]
+    if "differs" not in self.verdicts: return ["Nothing differs by more than the luck of K-means.", controls]
     known = [f"- {name}: {KNOBS[name]}" for name in self.numbers[0].knobs]
-    return ["Known to move such numbers:", *known]
+    return [controls, "Known to move such numbers:", *known]
 
 # %% ../nbs/04a_reproduction.ipynb #rp19
 @patch

@@ -74,10 +74,10 @@ def planted(made, shift, **change):
 def test_a_number_is_as_published_or_differs(measured, tmp_path):
     assert planted(measured, 0).verdicts == ["as published"] * 2 and "Nothing differs" in planted(measured, 0).notes[0]
     far = planted(measured, 20)
-    assert far.verdicts == ["differs"] * 2 and far.notes[1] == f"- matching: {KNOBS['matching']}"
+    assert far.verdicts == ["differs"] * 2 and far.notes[2] == f"- matching: {KNOBS['matching']}"
     kept = json.loads(far.save(tmp_path / "r.json").read_text())
     assert kept["row"] == "invented/tiny" and len(kept["scores"]) == 6 and kept["table"][0]["verdict"] == "differs"
-    assert "| differs" in far.to_markdown() and f"{far.table.published[0]}" in repr(far)
+    assert "| differs" in far.to_markdown() and "a cluster per image" in far.notes[0] and f"{far.table.published[0]}" in repr(far)
 
 
 @pytest.mark.parametrize("change, said", [
@@ -87,7 +87,7 @@ def test_nothing_is_judged_where_the_question_is_another(measured, tiny, change,
     from rasa_nb.reproduction import _differences
     differs = _differences(rows[0], row_protocol(rows, 3), measured.result)
     made = planted(Reproduction(rows, measured.result, differs), 20)
-    assert made.verdicts == ["not compared"] * 2 and said in made.notes[0] and len(made.notes) == 1
+    assert made.verdicts == ["not compared"] * 2 and said in made.notes[0] and len(made.notes) == 2
 
 
 def test_a_number_with_rasa_is_shown_and_not_judged(measured, tiny):
