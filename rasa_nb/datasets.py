@@ -347,11 +347,11 @@ def _missing(name, known, root, split, what):
 
 def _elsewhere(path, root):
     "Where else the first folder of a path may lie: the root itself, or below it."
-    first, *rest = path.split("/")
+    first, *rest = [part for part in path.split("/") if "*" not in part]
     if root.name == first and rest and (root / rest[0]).is_dir():
         return [f"that is {first} itself: give the folder that holds it, {str(root.parent)!r}"]
     inside = sorted(root.iterdir()) if root.is_dir() else []
-    lower = [folder for folder in inside if (folder / path).parent.is_dir()]
+    lower = [folder for folder in inside if folder.joinpath(first, *rest).is_dir()]
     return [f"it lies one folder below: give {str(lower[0])!r}"] if lower else []
 
 # %% ../nbs/00b_datasets.ipynb #b0000036
