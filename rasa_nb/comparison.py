@@ -46,7 +46,7 @@ class RandomSubspace(PositionRemover):
         self.basis_, self.scale_ = torch.linalg.qr(drawn)[0], moments.scale
         return complement(self.basis_, moments.scale), None
 
-    def _warn_of_left(self, left, images): "A control leaves position: there is nothing to warn of."
+    def _warn_of_left(self, left): "A control leaves position: there is nothing to warn of."
 
 # %% ../nbs/03b_comparison.ipynb #s004
 def raw_pixels(

@@ -15,8 +15,10 @@ import numpy as np
 import pandas as pd
 import torch
 from fastcore.basics import patch
+from scipy.linalg import eigvalsh
 from scipy.sparse.linalg import svds
 from sklearn.base import BaseEstimator, clone
+from threadpoolctl import threadpool_limits    # scikit-learn brings it
 
 # %% ../nbs/02b_rasa.ipynb #c004
 from .data import as_data
@@ -141,12 +143,16 @@ def _strongest(matrices):
     "The largest singular value of each matrix [F, D, T]."
     if matrices.shape[1] < matrices.shape[2]: matrices = matrices.mT
     n = matrices.shape[2]
-    if n <= 64:
-        gram = matrices.mT @ matrices
-        return torch.linalg.eigvalsh(gram)[:, -1].clamp_min(0).sqrt()
-    start = np.random.default_rng(0).standard_normal(n)
-    def largest(a): return svds(a, k=1, v0=start, return_singular_vectors=False)[0] if a.any() else 0.
-    return torch.tensor([largest(a) for a in matrices.numpy()], dtype=torch.float64)
+    if n <= 64: return torch.linalg.eigvalsh(matrices.mT @ matrices)[:, -1].clamp_min(0).sqrt()
+    with threadpool_limits(1):    # threads of their own make so small a problem several times slower
+        return torch.tensor([_largest(a) for a in matrices.numpy()], dtype=torch.float64)
+
+def _largest(a):
+    "The largest singular value of a matrix [n, m], n at least m."
+    last = a.shape[1] - 1
+    if last < 256: return np.sqrt(max(0., eigvalsh(a.T @ a, subset_by_index=[last, last])[0]))
+    start = np.random.default_rng(0).standard_normal(last + 1)
+    return svds(a, k=1, v0=start, return_singular_vectors=False)[0] if a.any() else 0.
 
 # %% ../nbs/02b_rasa.ipynb #r0000015
 def check_moments(moments):

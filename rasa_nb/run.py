@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'MIN_PROBED', 'Config', 'plain_name', 'check_names', 'run_folder', 'check_places', 'Stages', 'open_scored',
-           'open_learned', 'open_data', 'identify', 'Fitted', 'fit_run', 'Run', 'score_run', 'train', 'save_run',
-           'list_files', 'run_record', 'add_options', 'read_options', 'process_group', 'main']
+           'open_learned', 'open_taught', 'open_data', 'identify', 'Fitted', 'fit_run', 'Run', 'score_run', 'train',
+           'save_run', 'list_files', 'run_record', 'add_options', 'read_options', 'process_group', 'main']
 
 # %% ../nbs/02o_run.ipynb #c006
 import difflib, html, json, os, platform, re, sys, time
@@ -57,6 +57,7 @@ class Config:
     n_images: int = 0         # at most so many images to learn from, and to score; 0: all
     image_size: int = 0       # pixels; 0: 96 for scenes, 448 for all others
     method: str = "rasa"      # how position is removed: "rasa", "trained", ..., see rasa_nb.run.METHODS
+    tasks: str = "overcluster"   # what is scored; "overcluster,linear,in_context": these, too
     k: str = "auto"           # clusters: a number, "21,100", or "auto": the number of classes, 100 and 300
     seeds: int = 5            # K-means seeds; scores are mean and std over them
     out_dir: str = "runs"     # a folder of the run's name is made in it
@@ -93,6 +94,18 @@ def classes(self:Config):
 @patch(as_prop=True)
 def pixels(self:Config):
     return self.image_size or (96 if self.dataset == "scenes" else rasa_nb.LEOPART.image_size)
+
+@patch(as_prop=True)
+def more_tasks(self:Config):
+    "Names of the tasks beside overclustering, in order."
+    from rasa_nb.tasks import TASKS
+    named = [task.strip() for task in self.tasks.split(",")]
+    unknown = [task for task in named if task not in TASKS]
+    if unknown or "overcluster" not in named:
+        wrong = f"{unknown[0]!r} is no task" if unknown else "'overcluster' is missing"
+        raise ValueError(f"tasks={self.tasks!r}: {wrong}; expected 'overcluster', and with commas any of "
+                         f"{', '.join(map(repr, TASKS[1:]))}")
+    return tuple(dict.fromkeys(task for task in named if task != "overcluster"))
 
 @patch(as_prop=True)
 def ks(self:Config):
@@ -199,6 +212,7 @@ def check(self:Config):
         raise ValueError(f"moments_file={self.moments_file!r}: method={self.method!r} does not learn "
                          f"from sums that could be saved; {', '.join(able)} do")
     _check_data(self)
+    self.more_tasks
     least = len(self.classes)
     if any(k < least for k in self.ks or ()):
         raise ValueError(f"k={self.k!r}: expected at least {least}, the number of classes of {self.dataset}")
@@ -311,6 +325,13 @@ def open_learned(
     root = config.learn_root or (config.data_root if same else "") or config.data_dir
     return _first(config, _open(config, config.learned, root, config.learn_split, "learn"))
 
+def open_taught(
+    config,    # a `Config`
+):
+    "Returns images with masks of the dataset that is scored, which supervised tasks learn from."
+    root = config.data_root or config.data_dir
+    return _first(config, _open(config, config.dataset, root, "", "learn", masks=True))
+
 def open_data(
     config,    # a `Config`
 ) -> list:
@@ -318,14 +339,14 @@ def open_data(
     return [open_learned(config), open_scored(config)]
 
 # %% ../nbs/02o_run.ipynb #c0d5
-def _open(config, name, root, split, use):
+def _open(config, name, root, split, use, masks=False):
     "A dataset as it is used: to learn from, or to score."
     from rasa_nb.datasets import DATASETS, load_dataset
     if name == "scenes":
         return rasa_nb.Scenes(split or dict(learn="train", score="val")[use], size=config.pixels)
     if name not in DATASETS: return rasa_nb.ImageFolder(name)
     split, fetch = split or getattr(DATASETS[name], use), config.download and name == "voc"
-    return load_dataset(name, root, split, masks=use == "score", download=fetch)
+    return load_dataset(name, root, split, masks=masks or use == "score", download=fetch)
 
 def _first(config, data): return data.first(config.n_images) if config.n_images else data
 
@@ -450,6 +471,9 @@ class Run(Fitted):
     "What a run made and measured; `save_run` writes it."
     result: object     # `OverclusterResult`: mIoU before and after
     picture: object    # similarity maps before and after
+    others: object = None   # `TaskTable` of the other tasks, if there are any
+
+    def __repr__(self): return "\n\n".join([super().__repr__(), *(repr(self.others),) * bool(self.others)])
 
 @patch(as_prop=True)
 def table(self:Run):
@@ -480,7 +504,7 @@ def score_run(
     if fitted.r2 is None: return None   # not the first process
     image = fitted.data[0][0]
     picture = rasa_nb.similarity_maps(image, fitted.encoders, _four_points(image), fitted.config.pixels)
-    run = Run(**vars(fitted), result=result, picture=picture)
+    run = Run(**vars(fitted), result=result, picture=picture, others=_other_tasks(fitted, progress))
     fitted.stages.say(run)
     return run
 
@@ -497,6 +521,15 @@ def _overcluster(fitted, progress):
     lock = FileLock(kept / f"{encoder_hash(fitted.encoder)}.lock") if fitted.r2 else nullcontext()
     with lock: ask({"before": fitted.encoder})   # of several processes the first holds the lock for all
     return ask(fitted.encoders)
+
+def _other_tasks(fitted, progress):
+    "The tasks beside overclustering; they learn from masks of the dataset that is scored."
+    config = fitted.config
+    if not config.more_tasks: return None
+    from rasa_nb.tasks import evaluate
+    taught, reading = open_taught(config), config.reading(progress)
+    with fitted.stages("other tasks", len(fitted.data)):
+        return evaluate(fitted.encoders, taught, fitted.data, config.more_tasks, config.pixels, reading=reading)
 
 def _four_points(image):
     "Four points of an image [3, H, W]: upper left, upper right, center, below."
@@ -553,7 +586,7 @@ def run_record(
         encoder={name: getattr(encoder, name) for name in ("name", "license", "embed_dim", "patch_size")},
         head=run.debiased.head.metadata, position_r2=run.r2.to_dict(),
         miou=_score_record(frame, "miou"), held_out=_score_record(frame, "held_out"), **beside,
-        stages=run.stages, **_circumstances(encoder))
+        tasks=run.others.to_dict() if run.others else {}, stages=run.stages, **_circumstances(encoder))
 
 def _score_record(frame, column):
     "A score per encoder and k: mean, std and every seed; None where it is nan."
