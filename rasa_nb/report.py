@@ -316,6 +316,30 @@ def _caption(setting):
             "difference paired over seeds, with its 95 % interval. "
             f"Position R² {r2['before']:.2f} before, {r2['after']:.2f} after.")
 
+# %% ../nbs/04_report.ipynb #rt02
+@patch(as_prop=True)
+def tasks(self:Setting):
+    "A row of text per task and setting beside overclustering: before, after, difference, best control."
+    told = [record["tasks"] for record in self.records if record.get("tasks")]
+    def whole(name): return pd.concat([pd.DataFrame(t[name]) for t in told]) if told else pd.DataFrame()
+    scores, changes, floors = (whole(name) for name in ("scores", "change", "controls"))
+    if scores.empty: return scores
+    columns = list(dict.fromkeys(zip(scores.task, scores.setting)))
+    return pd.DataFrame([_task_cells(*column, scores, changes, floors) for column in columns])
+
+def _task_cells(task, setting, scores, changes, floors):
+    def own(table): return table[(table.task == task) & table.setting.isin([setting, ""])]
+    here, moved = own(scores), own(changes)
+    def cell(name):
+        some = here[here.encoder == name].score
+        return _spread(some.mean(), some.std(ddof=0), len(some))
+    bounds = moved.reindex(columns=["low", "high", "images_low", "images_high"]).astype(float)
+    bounds = bounds.iloc[0].dropna().tolist() if len(moved) == 1 else []
+    interval = f" [{bounds[0]:+.1f}, {bounds[1]:+.1f}]" if bounds else ""
+    row = dict(task=task.replace("_", " "), setting=setting, before=cell("before"), after=cell("after"))
+    control = f"{own(floors).score.max():.1f}"
+    return row | {"difference": f"{moved['mean'].mean():+.1f}{interval}", "best control": control}
+
 # %% ../nbs/04_report.ipynb #rd02
 @patch(as_prop=True)
 def by_data(self:Report) -> dict:
@@ -356,6 +380,7 @@ def _setting_parts(setting, published):
     dagger = " †" if setting.marks else ""
     said = [("heading", f"{setting.heading}{dagger}"), ("text", _caption(setting)),
             ("table", _cells(setting, published))]
+    if not setting.tasks.empty: said.append(("table", setting.tasks))
     if setting.marks: said.append(("text", f"† {'; '.join(setting.marks)}."))
     beside = published_for(setting, published)[0]
     sources = sorted({p.source for k, p in beside.items() if k in setting.table.index})

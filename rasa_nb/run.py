@@ -501,10 +501,11 @@ def score_run(
 ) -> Run:
     "Returns the run with scores and figure. Under torchrun all processes score, the first returns it."
     with fitted.stages("overcluster", len(fitted.data)): result = _overcluster(fitted, progress)
+    others = _other_tasks(fitted, progress)
     if fitted.r2 is None: return None   # not the first process
     image = fitted.data[0][0]
     picture = rasa_nb.similarity_maps(image, fitted.encoders, _four_points(image), fitted.config.pixels)
-    run = Run(**vars(fitted), result=result, picture=picture, others=_other_tasks(fitted, progress))
+    run = Run(**vars(fitted), result=result, picture=picture, others=others)
     fitted.stages.say(run)
     return run
 
@@ -527,9 +528,9 @@ def _other_tasks(fitted, progress):
     config = fitted.config
     if not config.more_tasks: return None
     from rasa_nb.tasks import evaluate
-    taught, reading = open_taught(config), config.reading(progress)
+    both, how = (open_taught(config), fitted.data), dict(reading=config.reading(progress))
     with fitted.stages("other tasks", len(fitted.data)):
-        return evaluate(fitted.encoders, taught, fitted.data, config.more_tasks, config.pixels, reading=reading)
+        return evaluate(fitted.encoders, *both, config.more_tasks, config.pixels, **how)
 
 def _four_points(image):
     "Four points of an image [3, H, W]: upper left, upper right, center, below."

@@ -360,6 +360,22 @@ def test_learned_on_photographs_of_voc_and_scored_on_others(tmp_path, voc_root, 
     assert setting.learned_elsewhere == "voc-train" and f"part of the split: {images} of {whole} images" in setting.marks
 
 
+def test_other_tasks_stand_in_the_record_and_in_the_report(tmp_path):
+    config = Config(n_images=16, k=12, seeds=1, method="position_mean", tasks="overcluster,in_context", out_dir=str(tmp_path))
+    run = train(config, progress=False)
+    told = json.loads((save_run(run) / "run.json").read_text())["tasks"]
+    assert {row["task"] for row in told["scores"]} == {"in_context"} and told["controls"]
+    report = Report.read(tmp_path)
+    table = report.settings[0].tasks
+    score = run.others.frame.query("encoder == 'after'").score.mean()
+    assert f"{score:.1f}" in table.after[0] and "best control" in report.to_markdown() and "in context" in repr(run)
+
+
+@pytest.mark.parametrize("tasks, why", [("linear", "'overcluster' is missing"), ("overcluster,depth", "'depth' is no task")])
+def test_tasks_that_are_none(tasks, why):
+    with pytest.raises(ValueError, match=why): Config(tasks=tasks)
+
+
 def test_a_folder_of_photographs_can_be_learned_from(tmp_path, image_folders, voc_tree):
     "And another split than the official one."
     learn, score = module.open_data(Config(data="voc", learn_data=str(image_folders / "images"),
