@@ -142,9 +142,10 @@ def title(self:Comparison):
     protocol = f"protocol {self.protocol['name']} at {self.protocol['image_size']} px"
     if changed: protocol += f" (with {', '.join(changed)})"
     seeds = len(self.miou["none"][self.ks[0]])
+    scored = how_many(self.scored).removesuffix(" images")
     held_out = "" if self.held_out is None else "; held out: clusters named by other images"
     return (f"{self.encoder}: fitted on {how_many(self.learned)} of {self.learned['name']}, "
-            f"scored on {how_many(self.scored)} of {self.scored['name']}; mIoU in percent, {protocol}, "
+            f"scored on {scored} of {self.scored['name']}; mIoU in percent, {protocol}, "
             f"mean ± std of {seeds} K-means seeds{held_out}; R² on held-out images, mean of row and column")
 
 @patch(as_prop=True)

@@ -37,6 +37,7 @@ class Known:
     masks: tuple = ()       # likewise for masks, whose names begin as those of their images do
     mask_end: str = ".png"
     inner: str = ""         # folders between, as a pattern
+    dealt: bool = False     # one image of each folder in turn, or those of one folder after the other
     listed: str = None      # file with the names of a split
     classes: tuple = None   # names, in order of their ids
     ids: dict = None        # value in a mask -> id of a class, or 255
@@ -189,7 +190,8 @@ _coco = Known(
 _imagenet = Known(
     "photographs to learn from, in a folder for each class or in one",
     dict(train=1281167, val=50000), "train", None, "148 GB", _research,
-    "image-net.org, with registration (ILSVRC2012)", ("{split}",), (".JPEG", ".jpeg", ".jpg", ".png"))
+    "image-net.org, with registration (ILSVRC2012)", ("{split}",), (".JPEG", ".jpeg", ".jpg", ".png"),
+    dealt=True)
 
 # %% ../nbs/00b_datasets.ipynb #b0000022
 def _cityscapes(kind, use, ids, hints, near):
@@ -311,6 +313,14 @@ def _below(folder, ends):
             found[str(path.relative_to(folder))[:-len(end)]] = path
     return dict(sorted(found.items()))
 
+def _dealt(names):
+    "Paths of files in folders, one of each folder in turn."
+    turns, rounds = {}, {}
+    for name in names:
+        folder = name.rpartition("/")[0]
+        rounds[name] = turns[folder] = turns.get(folder, -1) + 1
+    return sorted(names, key=rounds.get)   # and in each round as they were
+
 def _first_there(root, folders, split):
     "The first of some folders that is there, else None."
     places = [root / folder.format(split=split) for folder in folders]
@@ -360,7 +370,7 @@ def _find(name, known, root, split, masks):
     folder = _first_there(root, known.images, split)
     images = _below(folder, known.image_end) if folder else {}
     if not images: raise _missing(name, known, root, split, "images")
-    names = _listed(name, known, root, split) or list(images)
+    names = _listed(name, known, root, split) or (_dealt(images) if known.dealt else list(images))
     gone = [key for key in names if key not in images]
     _refuse(f"images that the list names are not in {folder}", gone, names)
     if not masks: return [images[key] for key in names], None

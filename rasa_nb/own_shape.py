@@ -142,9 +142,9 @@ def shape_cells(
     for k in shapes.protocol.k:
         runs = [next(cell_runs(name, grid, masks, [k], shapes.protocol, *shapes.labels))
                 for _, masks in shapes.parts]
-        image = runs[0].nmi_image if len(runs) == 1 else math.nan
         counts = shapes.counted([run.counts for run in runs])
-        yield Run(name, k, 0, counts, runs[0].labels, image, runs[0].nmi_cell)
+        follows = (runs[0].nmi_image, runs[0].nmi_cell) if len(runs) == 1 else (math.nan, math.nan)
+        yield Run(name, k, 0, counts, runs[0].labels, *follows)
 
 # %% ../nbs/02ha_own_shape.ipynb #p0000018
 def overcluster_own_shape(

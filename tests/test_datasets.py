@@ -171,10 +171,10 @@ def test_both_layouts_of_coco_are_read(tmp_path):
         name="coco-train", images=1, num_classes=None, of=118287)
 
 
-def test_class_folders_of_imagenet_are_images_to_learn_from(tmp_path):
+def test_images_of_imagenet_come_from_each_class_in_turn(tmp_path):
     for i, name in enumerate(("n01/n01_2.JPEG", "n01/n01_1.JPEG", "n02/n02_1.JPEG")): put(tmp_path / "train" / name, photo(i))
     data = load_dataset("imagenet", tmp_path, "train")
-    assert [path.stem for path in data.files] == ["n01_1", "n01_2", "n02_1"] and data[0][1] is None
+    assert [path.stem for path in data.files] == ["n01_1", "n02_1", "n01_2"] and data[0][1] is None
     with pytest.raises(ValueError, match="has no masks to score against"): as_data(data, masks=True)
 
 

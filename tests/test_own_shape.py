@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import color_encoder
 
-from rasa_nb.data import ImageList
+from rasa_nb.data import ImageList, VOCSegmentation
 from rasa_nb.matching import FRANCA, LEOPART
 from rasa_nb.own_shape import draw_from_shapes, overcluster_own_shape, own_size, pooled
 from rasa_nb.moments import Moments
@@ -64,3 +64,14 @@ def test_points_are_drawn_once_each_from_all_shapes():
     some = draw_from_shapes(maps, [None, None], 20, 0).flatten().tolist()
     assert len(some) == len(set(some)) == 20 and min(some) < 100 < max(some)
     assert sorted(draw_from_shapes(maps, [None, None], 99, 0).flatten().tolist()) == [*range(24), *range(100, 112)]
+
+
+def test_photographs_keep_their_shape(voc_root):
+    data = VOCSegmentation(voc_root, "val").first(5)
+    result = overcluster_own_shape(color_encoder(), data, 21, FEW, 0, 64)
+    shapes = [own_size(data[i][1].shape, 100) for i in range(5)]
+    assert min(shapes) < max(shapes) and all(min(shape) == 100 for shape in shapes)
+    void = [int((data[i][1] == 255).sum()) / data[i][1].numel() for i in range(5)]
+    pixels = np.asarray(result.runs[0].counts.matrix.sum(1)).ravel()
+    assert np.allclose(pixels / np.prod(shapes, 1), 1 - np.array(void), atol=.02)
+    assert "voc-val, 5 of 1,449 images" in result.caption and np.isnan(result.frame.nmi_cell).all()
