@@ -344,16 +344,16 @@ def shared_data():
 def test_learned_on_photographs_of_voc_and_scored_on_others(tmp_path, voc_root, shared_data, data, folder, k, images, whole):
     "Record and page name both datasets, how many images there were, and of how many; so does the report."
     places = dict(data_root=str(shared_data / folder), data_dir=str(voc_root), out_dir=str(tmp_path))
-    config = Config(data=data, learn_data="voc", n_images=12, image_size=96, k=k, seeds=1,
+    config = Config(data=data, learn_data="voc", n_images=16, image_size=96, k=k, seeds=1,
                     method="position_mean", **places)
     run = train(config, progress=False)
     folder = save_run(run)
     assert folder.name == f"tiny-{data}-from-voc-position_mean"
     record = json.loads((folder / "run.json").read_text())
-    assert (record["learned"]["name"], record["learned"]["images"], record["learned"]["of"]) == ("voc-train", 12, 1464)
+    assert (record["learned"]["name"], record["learned"]["images"], record["learned"]["of"]) == ("voc-train", 16, 1464)
     assert (record["data"]["images"], record["data"]["of"]) == (images, whole)
     page = repr(run)
-    for said in ("learned on voc-train (12 of 1,464 images)", f"({images} of {whole:,} images)",
+    for said in ("learned on voc-train (16 of 1,464 images)", f"({images} of {whole:,} images)",
                  "no score here is the official number"): assert said in page
     assert ("too few for it" in page) == (images < 4)
     setting, = Report.read(tmp_path).settings
