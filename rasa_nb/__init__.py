@@ -26,5 +26,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs=dict(
     keypoints=["correspondence"],
     tasks=["evaluate"],
     comparison=["compare_methods"],
+    published=["list_published"],
     report=["Report"],
+    reproduction=["reproduce"],
 ))
