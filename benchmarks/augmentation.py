@@ -1,4 +1,4 @@
-"""Does it matter which program augments? torchvision image by image, with hue in HSV, against ours in batches.
+"""Does it matter which program augments? torchvision with hue in HSV, against ours in batches.
 
     python benchmarks/augmentation.py [--shared ../shared] [--out benchmarks/results/augmentation.json]
 
