@@ -6,7 +6,8 @@
 __all__ = ['STORES', 'CELLS', 'overcluster', 'settle_library', 'estimate_memory', 'choose_store', 'Run', 'count_maps',
            'label_maps', 'Share', 'gather', 'each_centers', 'cluster_runs', 'whole_run', 'name_cells', 'cell_runs',
            'Encoded', 'encode_split', 'run_files', 'write_run', 'read_run', 'read_runs', 'make_runs',
-           'OverclusterResult', 'change_text', 'class_colors', 'overcluster_tokens']
+           'OverclusterResult', 'mean_and_std', 'change_text', 'without_nan', 'drawing', 'new_axes', 'class_colors',
+           'draw_maps', 'color_legend', 'overcluster_tokens']
 
 # %% ../nbs/02h_segmentation.ipynb #i001
 import hashlib, html, json, math, os, tempfile, textwrap, zipfile
@@ -699,14 +700,14 @@ def _told(self:OverclusterResult, name, k):
     runs = self.frame[(self.frame.encoder == name) & (self.frame.k == k)]
     matching, means = self.matching(k), runs[["nmi_image", "nmi_cell"]].mean()
     row = {"K": str(k), "encoder": name, "matching": matching.split("_")[-1]}
-    row |= {"mIoU": _mean_and_std(runs.miou), "held out": _mean_and_std(runs.held_out)}
+    row |= {"mIoU": mean_and_std(runs.miou), "held out": mean_and_std(runs.held_out)}
     moved = self.change[(self.change.encoder == name) & (self.change.k == k)]
     for change in moved.itertuples():
         row |= {"change": change_text(change), "change, held out": change_text(change, "held_out_")}
     if len(self.class_set(True)) < len(self.class_set()):
         row |= {"mIoU, common": f"{runs.miou_common.mean():.1f}"}
         row |= {"held out, common": f"{runs.held_out_common.mean():.1f}"}
-    if matching in _OTHER: row["other matching"] = _mean_and_std(runs[_OTHER[matching]])
+    if matching in _OTHER: row["other matching"] = mean_and_std(runs[_OTHER[matching]])
     return row | {"NMI image": f"{means.nmi_image:.2f}", "NMI cell": f"{means.nmi_cell:.2f}"}
 
 _OTHER = dict(many_to_one_precision="miou_iou", many_to_one_iou="miou_precision")   # score by the other rule
@@ -723,16 +724,19 @@ def _told_control(self:OverclusterResult, control):
     if k: row |= {"NMI image": f"{control.nmi_image:.2f}", "NMI cell": f"{control.nmi_cell:.2f}"}
     return row
 
-def _mean_and_std(scores): return f"{scores.mean():.1f} ± {scores.std(ddof=0):.1f}"
+def mean_and_std(scores) -> str:
+    "Returns scores of several seeds, a `Series`, as text."
+    return f"{scores.mean():.1f} ± {scores.std(ddof=0):.1f}"
 
 def change_text(
-    row,        # of `OverclusterResult.change`
-    score="",   # "": of the published column; "held_out_": of the other
+    row,        # of a result's `change`
+    score="",   # "": of its first score; "held_out_" or another beginning: of that one
 ) -> str:
     "Returns a change as text, with its interval over seeds and then over images, as far as it has them."
     bounds = [[getattr(row, f"{score}{over}{end}") for end in ("low", "high")] for over in ("", "images_")]
     said = [f"[{low:+.1f}, {high:+.1f}]" for low, high in bounds if low == low]
-    return " ".join([f"{row.held_out if score else row.mean:+.1f}", *said])
+    mean = getattr(row, score.removesuffix("_") or "mean")
+    return " ".join([f"{mean:+.1f}", *said])
 
 # %% ../nbs/02h_segmentation.ipynb #c017
 @patch(as_prop=True)
@@ -780,31 +784,38 @@ def to_dict(self:OverclusterResult) -> dict:
     rows = {name: table.to_dict("records") for name, table in tables.items()}
     common = [self.classes[i] for i in self.class_set(common=True)]
     about = dict(classes=list(self.classes), common=common, absent=list(self.absent))
-    plain = _without_nan(dict(scores=scores, **rows))
+    plain = without_nan(dict(scores=scores, **rows))
     return dict(**plain, notes=self.notes, protocol=asdict(self.protocol), data=self.data, **about)
 
-def _without_nan(value):
-    if isinstance(value, dict): return {key: _without_nan(v) for key, v in value.items()}
-    if isinstance(value, list): return [_without_nan(v) for v in value]
+def without_nan(
+    value,    # a number, text, None, or dicts and lists of such
+):
+    "Returns plain values with None in place of nan, as JSON wants them."
+    if isinstance(value, dict): return {key: without_nan(v) for key, v in value.items()}
+    if isinstance(value, list): return [without_nan(v) for v in value]
     return None if value != value else value
 
 # %% ../nbs/02h_segmentation.ipynb #c023
-def _drawing():
+def drawing() -> tuple:
     "Returns pyplot and seaborn; they take a while to load."
     import matplotlib.pyplot as plt
     import seaborn as sns
     return plt, sns
 
-def _axes(rows, columns, size, **options):
-    "A figure and its axes [rows, columns]."
-    plt, _ = _drawing()
+def new_axes(
+    rows:int, columns:int,
+    size,        # (width, height) of the figure, inches
+    **options,   # of `plt.subplots`
+) -> tuple:
+    "Returns a figure and its axes [rows, columns]."
+    plt, _ = drawing()
     return plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **options)
 
 def class_colors(
     n:int,    # classes
 ) -> np.ndarray:
     "Returns a color for each class [n, 3] in [0, 1]."
-    _, sns = _drawing()
+    _, sns = drawing()
     hues = np.array(sns.color_palette("colorblind", 10))
     forty = np.concatenate([hues, hues * .5, hues + (1 - hues) * .6, hues * .25])
     return forty[np.arange(n) % 40]
@@ -813,10 +824,10 @@ def class_colors(
 @patch
 def show_scores(self:OverclusterResult):
     "Returns a figure of both scores of each encoder and k."
-    _, sns = _drawing()
+    _, sns = drawing()
     frame = self.frame.assign(K=self.frame.k.map(str))
     width = 2 + 1.6 * len(self.ks) + .8 * len(self.encoders)
-    fig, [axes] = _axes(1, 2, (width, 3), sharey=True)
+    fig, [axes] = new_axes(1, 2, (width, 3), sharey=True)
     titles = dict(miou="named on the same images", held_out="on other images")
     controls = self.controls.set_index("control")
     for ax, (column, title) in zip(axes, titles.items()):
@@ -841,9 +852,9 @@ def show_classes(self:OverclusterResult,
     "Returns a figure of the change of each class against the first encoder."
     if len(self.encoders) < 2:
         raise ValueError("show('classes') compares with the first encoder: score at least two")
-    _, sns = _drawing()
+    _, sns = drawing()
     first, k, shown = self.encoders[0], k or max(self.ks), self._shown
-    fig, [[ax]] = _axes(1, 1, (5.5, 1 + .22 * len(shown)))
+    fig, [[ax]] = new_axes(1, 1, (5.5, 1 + .22 * len(shown)))
     ax.axvline(0, color="0.6", lw=1)
     looks = ("held out", self.held_out, {}), ("same images", self.score, dict(mfc="white"))
     colors = sns.color_palette("colorblind")[1:]
@@ -871,13 +882,13 @@ def show_confusion(self:OverclusterResult,
     seed:int=None,      # None: the first
 ):
     "Returns a figure of the share of each true class that each predicted class holds."
-    _, sns = _drawing()
+    _, sns = drawing()
     seed = self.protocol.seeds[0] if seed is None else seed
     run, shown = self[encoder or self.encoders[-1], k or max(self.ks), seed], self._shown
     merged = merge_clusters(run.confusion, match_clusters(run.confusion, self.matching(run.k)))
     shares = (merged[:-1] / run.confusion.sum(0).clip(1)).T[np.ix_(shown, shown)]
     names = [self.classes[i] for i in shown]
-    fig, [[ax]] = _axes(1, 1, (2 + .25 * len(shown), 1.2 + .25 * len(shown)))
+    fig, [[ax]] = new_axes(1, 1, (2 + .25 * len(shown), 1.2 + .25 * len(shown)))
     sns.heatmap(shares, vmin=0, vmax=1, cmap="cividis", square=True, xticklabels=names, yticklabels=names,
                 cbar_kws=dict(label="share of the true class"), ax=ax)
     ax.set(xlabel="class of the cluster", ylabel="true class")
@@ -908,22 +919,33 @@ def show_maps(self:OverclusterResult,
     if not self.examples:
         raise ValueError("no cluster maps were kept: call overcluster with examples=(0, 1, ...)")
     k, seed = k or max(self.ks), self.protocol.seeds[0] if seed is None else seed
-    rows, columns, seen = len(self.examples), 2 + len(self.encoders), set()
-    fig, axes = _axes(rows, columns, (1.45 * columns + 1.2, 1.45 * rows + .2))
-    colors = np.vstack([class_colors(len(self.classes)), np.ones(3)])   # the last is for no class
-    for i, (image, _) in enumerate(self.examples):
-        maps = self.class_maps(i, k, seed)
+    each = [(image, self.class_maps(i, k, seed)) for i, (image, _) in enumerate(self.examples)]
+    return draw_maps(each, self.classes)
+
+def draw_maps(
+    each,       # a row of pictures each: (image [3, H, W], {title: class of each pixel [h, w], -1 for none})
+    classes,    # names, in order of their ids
+):
+    "Returns a figure of images and their class maps, with a legend of the classes that are seen."
+    rows, columns, seen = len(each), 1 + len(each[0][1]), set()
+    fig, axes = new_axes(rows, columns, (1.45 * columns + 1.2, 1.45 * rows + .2))
+    colors = np.vstack([class_colors(len(classes)), np.ones(3)])   # the last is for no class
+    for row, (image, maps) in zip(axes, each):
         pictures = {"image": image.permute(1, 2, 0)} | {name: colors[m] for name, m in maps.items()}
-        for ax, (name, picture) in zip(axes[i], pictures.items()):
+        for ax, (name, picture) in zip(row, pictures.items()):
             ax.imshow(picture, extent=(0, image.shape[2], image.shape[1], 0))
             ax.set(xticks=[], yticks=[])
-            if i == 0: ax.set_title(textwrap.fill(name, 16), fontsize=9)
+            if row[0] is axes[0, 0]: ax.set_title(textwrap.fill(name, 16), fontsize=9)
         seen |= {c for m in maps.values() for c in np.unique(m) if c >= 0}
-    _legend(fig, {self.classes[c]: colors[c] for c in sorted(seen)})
+    color_legend(fig, {classes[c]: colors[c] for c in sorted(seen)})
     return fig
 
-def _legend(fig, colors):
-    plt, _ = _drawing()
+def color_legend(
+    fig,
+    colors:dict,   # name -> color
+):
+    "Draws a legend to the right of a figure."
+    plt, _ = drawing()
     handles = [plt.Rectangle((0, 0), 1, 1, color=color, label=name) for name, color in colors.items()]
     fig.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=8)
 
