@@ -1,7 +1,7 @@
 """Position, scores and tokens at larger images, before and after gram anchoring, beside plain controls.
 
     python benchmarks/resolution.py
-    python benchmarks/resolution.py --cases "mae_cifar on VOC" --images 24 --steps 10 --folder quick \
+    python benchmarks/resolution.py --cases "mae_cifar on VOC" --images 24 --steps 10 --folder quick \\
         --out quick.json
 
 Fills results/resolution.json part by part and goes on where it was stopped: trainings and finished sizes are
@@ -141,11 +141,13 @@ def variants(case, folder):
     base = case.learn(size=case.base) if callable(case.learn) else case.learn
     debiased = RASA().fit(encoder, base, case.base).attach(encoder)
     def teacher(of): return Tiled(of, case.base) if case.teacher == "tiled" else of
-    plain = ANCHORING.replace(sizes=case.trained, steps=case.steps, batch_size=4, lr=case.lr, enlarge=True)
+    how = dict(sizes=case.trained, steps=case.steps, batch_size=4)
+    plain = ANCHORING.replace(lr=case.lr, enlarge=True, **how)
     def trained(name, change=plain, of=encoder): return anchored(name, case, folder, change, teacher(of))
     made = dict(gram=trained("gram"), match=trained("match", plain.replace(gram=0, match=1.)))
     made["gram, debiased"] = trained("gram, debiased", of=debiased)
-    return {"as it is": encoder} | made | dict(resampled=resampled(case, base), tiled=Tiled(encoder, case.base))
+    controls = dict(resampled=resampled(case, base), tiled=Tiled(encoder, case.base))
+    return {"as it is": encoder} | made | controls
 
 
 def resampled(case, base):
@@ -155,9 +157,10 @@ def resampled(case, base):
     shown = Reading(size).apply(data.first(8))
     images = torch.stack([shown[i][0] for i in range(min(8, len(data)))])
     target, found = Tiled(case.encoder, case.base)(images), {}
-    stats = dict(mean=case.encoder.mean.flatten().tolist(), std=case.encoder.std.flatten().tolist())
+    how = dict(mean=case.encoder.mean.flatten().tolist(), std=case.encoder.std.flatten().tolist())
     for way in WAYS:
-        other = ViTEncoder(case.encoder.model, timm_parts, resampling=way, name=f"resampled as {way}", **stats)
+        how |= dict(resampling=way, name=f"resampled as {way}")
+        other = ViTEncoder(case.encoder.model, timm_parts, **how)
         found[way] = float(gram_loss(other(images), target)), other
     return min(found.values(), key=lambda pair: pair[0])[1]
 
@@ -210,7 +213,7 @@ def arguments():
     add("--images", type=int, help="of each split; each case has its own number by default")
     add("--steps", type=int, help="of each training; each case has its own number by default")
     add("--shared", type=Path, default=SHARED, help="folder of real weights and data")
-    add("--folder", type=Path, default=here.parent / "runs" / "resolution", help="of trainings and finished sizes")
+    add("--folder", type=Path, default=here.parent / "runs" / "resolution", help="of what is finished")
     add("--out", type=Path, default=here / "results" / "resolution.json")
     return parser.parse_args()
 
@@ -238,7 +241,8 @@ def main():
 
 def curve_of(told):
     "The curve of a part of the record."
-    return ResolutionCurve.from_dict({key: told[key] for key in ResolutionCurve.__dataclass_fields__ if key in told})
+    known = ResolutionCurve.__dataclass_fields__
+    return ResolutionCurve.from_dict({key: told[key] for key in known if key in told})
 
 
 if __name__ == "__main__": main()

@@ -16,6 +16,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs=dict(
     baselines=["LEACE", "BlankSVD", "MeanThenRASA", "RemovePCA", "ShiftAverage"],
     matching=["LEOPART"],
     segmentation=["overcluster"],
+    resolution=["resolution_curve"],
+    anchoring=["GramAnchor"],
     visualize=["cluster_maps", "pca_maps", "position_maps", "shift_test", "similarity_maps"],
     explorer=["explore"],
     deploy=["export_onnx", "fold", "load_from_hub", "push_to_hub"],

@@ -27,7 +27,7 @@ class AnchorConfig(Config):
     sizes: str = "auto"        # pixels of the student's images; "auto": 144 for scenes, else "512,768"
     teacher: str = "auto"      # "own size", "tiled", "debiased"; "auto": tiled for scenes, else own size
     teacher_sizes: str = ""    # pixels of the teacher's images, one for each size; empty: see `teacher`
-    steps: int = 0             # of training; 0: 60 for scenes, else 2000
+    steps: int = 0             # of training; 0: 40 for scenes, else 2000
     images_per_step: int = 8   # of all processes together
     adapter: str = "lora"      # what learns: "lora", or the last "blocks"
     rank: int = 16             # of LoRA
@@ -60,7 +60,7 @@ def anchoring(self:AnchorConfig):
     from rasa_nb.anchoring import ANCHORING
     on_scenes = self.dataset == "scenes"
     sizes = ("144" if on_scenes else "512,768") if self.sizes == "auto" else self.sizes
-    steps = self.steps or (60 if on_scenes else ANCHORING.steps)
+    steps = self.steps or (40 if on_scenes else ANCHORING.steps)
     numbers = dict(lr=self._number("lr"), gram=self._number("gram"), keep=self._number("keep"))
     plain = "adapter", "rank", "enlarge", "precision", "checkpointing"
     chosen = {name: getattr(self, name) for name in plain}
@@ -132,7 +132,8 @@ def open_images(
     "Returns a dataset; fetches VOC where it is absent and that is allowed."
     if config.dataset == "scenes": data = rasa_nb.Scenes(split, size=size)
     else: data = rasa_nb.VOCSegmentation(config.data_dir, split, config.download)
-    return data.first(config.n_images) if config.n_images else data
+    most = config.n_images or (100 if config.dataset == "scenes" else len(data))
+    return data.first(most)
 
 def make_teacher(config, encoder):
     "Returns the teacher that the parameters ask for; None: the encoder itself."
@@ -206,7 +207,9 @@ def main(argv=None):
     "Train an encoder further at larger images by gram anchoring, measure it before and after, save."
     from rasa_nb.moments import this_process
     parser = ArgumentParser("rasa-anchor", description=main.__doc__, allow_abbrev=False)
-    add_options(parser, AnchorConfig)
+    shared = [f.name for f in fields(Config) if f.name not in ("moments_file", "cache_dir")]
+    add_options(parser, Config, shared)
+    add_options(parser, AnchorConfig, [f.name for f in fields(AnchorConfig)[len(fields(Config)):]])
     try: config = AnchorConfig(**vars(parser.parse_args(argv)))
     except (ValueError, OSError) as e: parser.error(str(e))
     with process_group():

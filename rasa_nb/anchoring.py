@@ -268,20 +268,26 @@ def anchor_losses(
 ) -> dict:
     "Returns the terms of the loss that have a weight, name -> loss, mean over images."
     losses = {}
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=protocol.precision == "bf16"):
-        if protocol.gram or protocol.match:
-            tokens, _ = tokens_and_prefix(student, resized(images, size))
-            seen = resized(images, teacher_size(protocol, size, teacher, encoder))
-            target = resize_tokens(teacher(seen), tokens.shape[1:3])
-            if protocol.gram: losses["gram"] = gram_loss(tokens, target, protocol.negatives)
-            if protocol.match: losses["match"] = patch_distance(tokens, target)
-        if protocol.keep:
-            small = resized(images, encoder.image_size)
-            tokens, prefix = tokens_and_prefix(student, small)
-            with torch.no_grad(): target, own_prefix = tokens_and_prefix(encoder, small)
-            for head in _heads_of(teacher): target = head(target)
-            losses["keep"] = patch_distance(tokens, target) + prefix_distance(prefix, own_prefix)
+    if protocol.gram or protocol.match:
+        with _precision(student, protocol): tokens, _ = tokens_and_prefix(student, resized(images, size))
+        seen = resized(images, teacher_size(protocol, size, teacher, encoder))
+        with _precision(encoder, protocol): target = teacher(seen)
+        target = resize_tokens(target, tokens.shape[1:3])
+        if protocol.gram: losses["gram"] = gram_loss(tokens, target, protocol.negatives)
+        if protocol.match: losses["match"] = patch_distance(tokens, target)
+    if protocol.keep:
+        small = resized(images, encoder.image_size)
+        with _precision(student, protocol): tokens, prefix = tokens_and_prefix(student, small)
+        with _precision(encoder, protocol), torch.no_grad(): target, own = tokens_and_prefix(encoder, small)
+        for head in _heads_of(teacher): target = head(target)
+        losses["keep"] = patch_distance(tokens, target) + prefix_distance(prefix, own)
     return losses
+
+def _precision(encoder, protocol):
+    "Autocast to bfloat16 where that was asked for; weights in half precision compute in theirs."
+    weight = next(encoder.model.parameters(), torch.zeros(1))
+    asked = protocol.precision == "bf16" and weight.dtype == torch.float32
+    return torch.autocast(encoder.device.type, torch.bfloat16, enabled=asked)
 
 def _heads_of(teacher):
     "The heads behind a teacher, which say what tokens are to be kept."

@@ -197,15 +197,15 @@ def moments_of_sizes(
     learn,       # size -> dataset
     reading,     # a `Reading`: augmentation, seed, batches
 ) -> Moments:
-    "Returns the sums over images of all sizes, on the smallest grid."
-    grid_size = min(check_image_size(size, encoder.patch_size) for size in learn)
-    moments, seen = Moments(grid_size, encoder.embed_dim, apart=True), OnGrid(encoder, grid_size)
+    "Returns the sums over images of all sizes: the grid has the cells of each size, side by side."
+    gh, gw = min(check_image_size(size, encoder.patch_size) for size in learn)
+    moments, seen = Moments((gh, gw * len(learn)), encoder.embed_dim, apart=True), OnGrid(encoder, (gh, gw))
+    least, streams = min(map(len, learn.values())), []
     for size, data in learn.items():
-        how, done = reading.replace(size=size), 0
-        for tokens, _ in seen.encode(how.apply(data), how, f"fit, {size} px"):
-            moments.update(tokens, torch.arange(len(tokens)) + done)   # an image keeps its group
-            done += len(tokens)
-        moments.source = describe_fit(encoder, data, how) | dict(image_size=list(learn))
+        how = reading.replace(size=size)
+        streams.append(seen.encode(how.apply(data.first(least)), how, f"fit, {size} px"))
+    for parts in zip(*streams): moments.update(torch.cat([tokens for tokens, _ in parts], 2))
+    moments.source = describe_fit(encoder, data, how) | dict(image_size=list(learn))
     return moments
 
 # %% ../nbs/02k_resolution.ipynb #rs0025
@@ -224,8 +224,11 @@ def fit_heads(
         if size not in fitted:
             fitted[size] = clone(remover).fit(encoder, learn[size], reading.replace(size=size))
         return fitted[size].attach(encoder)
-    together = None
-    if "all" in heads: together = clone(remover).fit_moments(moments_of_sizes(encoder, learn, reading))
+    if "all" in heads:
+        together = clone(remover).fit_moments(moments_of_sizes(encoder, learn, reading))
+        if together.head_.offset is not None:
+            raise ValueError(f"heads={heads}: {remover} subtracts an offset for each cell of one grid, so "
+                             "there is none for 'all' sizes; leave 'all' out, or take a projection: RASA()")
     for size in learn:
         made = dict(none=lambda: encoder, base=lambda: at(base_size), own=lambda: at(size),
                     all=lambda: together.attach(encoder))

@@ -1,13 +1,16 @@
 """Gram anchoring: the loss by its equation, adapters that are felt, models that stay the user's own."""
 import copy
-from pathlib import Path
+import json
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.multiprocessing import start_processes
 
+from rasa_nb import anchored
 from rasa_nb.anchoring import (ANCHORING, GramAnchor, Training, anchor_batches, anchor_losses, learning_blocks, make_learn, merged_model,
                                tokens_and_prefix, with_model)
 from rasa_nb.deploy import fold
@@ -18,7 +21,6 @@ from rasa_nb.reading import Reading
 from rasa_nb.resolution import Tiled, gram_loss, resize_tokens
 from rasa_nb.scenes import Scenes
 
-from test_distributed import torchrun
 from toy_vits import of_timm, of_transformers
 
 HALF = dict(mean=(.5, .5, .5), std=(.25, .25, .25))
@@ -184,42 +186,48 @@ def test_ten_steps_interrupted_and_ten_more_are_twenty(small, images, tmp_path, 
         GramAnchor(QUICK.replace(lr=1e-3)).fit(small, images, file=file)
 
 
-SCRIPT = """
-import json, sys, torch, torch.distributed as dist
-torch.set_num_threads(1)
-sys.path.insert(0, sys.argv[2])
-from test_anchor import QUICK, small_vit
-from rasa_nb.anchoring import GramAnchor, Training, anchor_batches
-from rasa_nb.reading import Reading
-from rasa_nb.scenes import Scenes
-dist.init_process_group("gloo")
-small, images = small_vit(), Scenes("train", 9, size=48)
-anchor = GramAnchor(QUICK.replace(steps=2)).fit(small, images)
-training = Training(small, small, QUICK, 0)
-for p in training.parameters.values(): p.data.fill_(.01)
-training.gradients(next(anchor_batches(images, QUICK, 0, Reading(), 0, 48)))
-try: GramAnchor(QUICK.replace(batch_size=3)).fit(small, images)
-except ValueError as e: refused = str(e)
-if dist.get_rank() == 0:
-    torch.save({name: p.grad for name, p in training.parameters.items()}, sys.argv[1] + "/gradients.pt")
-    torch.save(anchor.merge().state_dict(), sys.argv[1] + "/model.pt")
-    open(sys.argv[1] + "/refused.txt", "w").write(refused)
-dist.destroy_process_group()
-"""
-
-
-def test_two_processes_have_the_gradients_of_one_and_learn_the_same(small, images, tmp_path):
-    (tmp_path / "script.py").write_text(SCRIPT)
-    torchrun(2, tmp_path / "script.py", tmp_path, Path(__file__).parent)
+def learn_a_little(small, images):
+    "Gradients of a first step, and weights after two."
     training = Training(small, small, QUICK, 0)
     for p in training.parameters.values(): p.data.fill_(.01)
     training.gradients(next(anchor_batches(images, QUICK, 0, Reading(), 0, 48)))
-    theirs = torch.load(tmp_path / "gradients.pt", weights_only=True)
-    for name, p in training.parameters.items():
-        assert torch.allclose(p.grad, theirs[name], rtol=1e-4, atol=1e-6 * p.grad.abs().max()), name
-    one, two = GramAnchor(QUICK.replace(steps=2)).fit(small, images).merge().state_dict(), torch.load(tmp_path / "model.pt", weights_only=True)
+    gradients = {name: p.grad for name, p in training.parameters.items()}
+    return gradients, GramAnchor(QUICK.replace(steps=2)).fit(small, images).merge().state_dict()
+
+
+def one_of_two(rank, folder, small, images):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    found = learn_a_little(small, images)
+    try: GramAnchor(QUICK.replace(batch_size=3)).fit(small, images)
+    except ValueError as e: found += (str(e),)
+    if rank == 0: torch.save(found, f"{folder}/found.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_have_the_gradients_of_one_and_learn_the_same(small, images, tmp_path):
+    start_processes(one_of_two, (tmp_path, small, images), nprocs=2, start_method="fork")
+    (theirs, two, refused), (ours, one) = torch.load(tmp_path / "found.pt"), learn_a_little(small, images)
+    for name, gradient in ours.items():
+        assert torch.allclose(gradient, theirs[name], rtol=1e-4, atol=1e-5 * float(gradient.abs().max())), name
     assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
-    assert "3 images for 2 processes: expected a multiple" in (tmp_path / "refused.txt").read_text()
+    assert "3 images for 2 processes: expected a multiple" in refused
+
+
+# A whole run
+
+
+def test_a_run_leaves_a_model_that_loads_where_the_old_one_did(tmp_path, capsys):
+    small = "--image_size 32 --sizes 48 --n_images 24 --steps 2 --images_per_step 4 --k 12 --seeds 1".split()
+    anchored.main([*small, "--out_dir", str(tmp_path), "--run_name", "r"])
+    folder, record = tmp_path / "r", json.loads((tmp_path / "r" / "run.json").read_text())
+    assert {p.name for p in folder.iterdir()} == {"model.safetensors", "anchor.safetensors", "run.json", "figure.png"}
+    tiny, after = load_encoder("tiny", device="cpu"), load_encoder("tiny", folder / "model.safetensors", "cpu")
+    batch = torch.rand(1, 3, 48, 48)
+    assert torch.allclose(GramAnchor.load(folder / "anchor.safetensors", tiny).encoder_(batch), after(batch), atol=1e-5)
+    assert 0 < (after(batch) - tiny(batch)).abs().max()
+    assert {row["encoder"] for row in record["curve"]["rows"]} == {"before", "after"} and len(record["history"]) == 2
+    assert str(folder / "model.safetensors") in capsys.readouterr().out
 
 
 # What is refused
@@ -240,4 +248,6 @@ def test_what_cannot_be_trained_is_refused_before_the_work(small, images):
     with pytest.raises(ValueError, match="nearest to 36: 32 or 40"): GramAnchor(QUICK.replace(teacher_sizes=(32, 36))).fit(small, images)
     with pytest.raises(ValueError, match="48 x 48 pixels and is asked for at 96"): GramAnchor(QUICK.replace(sizes=96)).fit(small, images)
     with pytest.raises(ValueError, match="call fit"): GramAnchor().merge()
+    with pytest.raises(ValueError, match="moments_file='m' has no effect"): anchored.AnchorConfig(moments_file="m")
+    with pytest.raises(ValueError, match="lr='fast': expected a number"): anchored.AnchorConfig(lr="fast")
     assert len(learning_blocks(small.at(0))) == 1   # blocks behind the tokens have nothing to learn

@@ -60,25 +60,15 @@ def test_every_measure_has_its_controls_its_spread_and_its_changes(curve):
     assert len(curve.show().axes) == 7
 
 
-class Counted(Scenes):
-    loads = 0
-
-    def load(self, i):
-        Counted.loads += 1
-        return super().load(i)
-
-
-def test_a_finished_size_is_not_measured_again(tmp_path, curve, monkeypatch):
-    encoder, score = encoder_of(planted, 7), partial(Counted, "val", 16)
-    one = resolution_curve(encoder, score, (48, 72), LEARN, protocol=FEW, folder=tmp_path)
-    assert one.table.equals(curve.table)
-    list(tmp_path.glob("*-72.json"))[0].unlink()
-    kept, before = list(tmp_path.iterdir()), Counted.loads
-    again = resolution_curve(encoder, score, (48, 72), LEARN, protocol=FEW, folder=tmp_path)
-    assert again.table.equals(one.table) and kept[0] in tmp_path.iterdir()
-    monkeypatch.setattr(resolution, "measure_size", None)
-    resolution_curve(encoder, score, (48, 72), LEARN, protocol=FEW, folder=tmp_path)
-    assert before < Counted.loads
+def test_a_finished_size_is_not_measured_again(tmp_path, monkeypatch):
+    request = dict(data=SCORE, sizes=(40, 48), learn=LEARN, protocol=FEW.replace(heads=("none",)), folder=tmp_path)
+    one, measured = resolution_curve(color_encoder(), **request), []
+    list(tmp_path.glob("*-40.json"))[0].unlink()
+    measure = resolution.measure_size
+    monkeypatch.setattr(resolution, "measure_size", lambda *args: measured.append(args[4]) or measure(*args))
+    assert resolution_curve(color_encoder(), **request).table.equals(one.table) and measured == [40]
+    resolution_curve(color_encoder(), **request)
+    assert measured == [40]
 
 
 def kinds():
@@ -99,10 +89,10 @@ def kinds():
 def test_position_of_every_kind_is_read_at_other_sizes(make):
     encoder = from_timm(make(), mean=(.5, .5, .5), std=(.25, .25, .25), resampling="library")
     learn = {size: Scenes("train", 20, size=size) for size in (32, 48)}
-    heads = fit_heads(encoder, learn, 32, ("none", "base", "own", "all"), PositionMean(rank="all"), Reading())
+    heads = fit_heads(encoder, learn, 32, ("none", "base", "own", "all"), RASA(rank=2), Reading())
     images = torch.rand(2, 3, 48, 48)
     assert {tuple(e(images).shape) for (_, size), e in heads.items() if size == 48} == {(2, 6, 6, 48)}
-    assert moments_of_sizes(encoder, learn, Reading(augment="none", seed=0)).grid_size == (4, 4)
+    assert moments_of_sizes(encoder, learn, Reading(augment="none", seed=0)).grid_size == (4, 8)   # side by side
     moves = token_moves(heads["none", 48](images), heads["none", 32](torch.nn.functional.interpolate(images, 32)))
     assert (moves["cosine"] < 1).all() and (moves["gram"] > 0).all()
 
@@ -128,6 +118,9 @@ def test_images_are_enlarged_only_when_asked_and_the_result_says_it():
 def test_what_cannot_be_a_curve_is_refused():
     with pytest.raises(ValueError, match="'each' is none of none, base"): RESOLUTION.replace(heads=("none", "each"))
     with pytest.raises(ValueError, match="expected 'none' first"): RESOLUTION.replace(heads=("base",))
+    sizes = {size: Scenes("train", 20, size=size) for size in (40, 48)}
+    with pytest.raises(ValueError, match="there is none for 'all' sizes"):
+        fit_heads(color_encoder(), sizes, 48, ("none", "all"), PositionMean(rank="all"), Reading())
     with pytest.raises(ValueError, match="no encoder"): resolution_curve({}, SCORE, 48, LEARN)
     assert np.isnan(resolution._change({("a", "none", "x"): resolution.Scores({0: 1.}), ("b", "none", "x"): resolution.Scores({0: 2.})},
                                        ("b", "none", "x"), ("a", "none", "x"), 48)["low"])
