@@ -65,8 +65,9 @@ def anchoring(self:AnchorConfig):
     plain = "adapter", "rank", "enlarge", "precision", "checkpointing"
     chosen = {name: getattr(self, name) for name in plain}
     teacher_sizes = self._sizes("teacher_sizes", self.teacher_sizes) if self.teacher_sizes else None
-    return ANCHORING.replace(sizes=self._sizes("sizes", sizes), teacher_sizes=teacher_sizes, steps=steps,
-                             batch_size=self.images_per_step, **numbers, **chosen)
+    every = dict(sizes=self._sizes("sizes", sizes), teacher_sizes=teacher_sizes, steps=steps)
+    return ANCHORING.replace(**every, base_size=self.pixels or None, batch_size=self.images_per_step,
+                             **numbers, **chosen)
 
 @patch
 def _number(self:AnchorConfig, name):
@@ -79,6 +80,7 @@ def _sizes(self:AnchorConfig, name, value):
     try: return tuple(int(size) for size in str(value).split(","))
     except ValueError: raise ValueError(f"{name}={value!r}: expected pixels, such as '512,768'") from None
 
+# %% ../nbs/02oa_anchored.ipynb #3a76eb70
 def check_anchor_names(
     given,    # names of parameters that were set
 ):

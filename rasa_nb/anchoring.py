@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ANCHORING', 'DINOV3_ANCHORING', 'Anchoring', 'rate_at', 'tokens_and_prefix', 'linear_layers', 'learning_blocks',
            'make_learn', 'merged_model', 'with_model', 'patch_distance', 'prefix_distance', 'resized', 'teacher_size',
-           'anchor_losses', 'AnchorCrops', 'anchor_batches', 'Training', 'recomputed', 'GramAnchor', 'check_anchoring']
+           'base_of', 'anchor_losses', 'AnchorCrops', 'anchor_batches', 'Training', 'recomputed', 'GramAnchor',
+           'check_anchoring']
 
 # %% ../nbs/02ka_anchor.ipynb #ga0004
 import copy, json, math, time
@@ -47,6 +48,7 @@ class Anchoring:
     name: str
     sizes: tuple = (512, 768)     # of the student's images, pixels; each step takes one of them
     teacher_sizes: tuple = None   # of the teacher's, one for each; None: see `teacher_size`
+    base_size: int = None         # that the encoder is good at; None: its own
     gram: float = 1.5        # weight of the Gram loss
     negatives: str = "keep"  # similarities below 0, see `gram_loss`
     match: float = 0.        # weight of the plain distance to the teacher's tokens
@@ -77,9 +79,7 @@ class Anchoring:
             object.__setattr__(self, name, (value,) if isinstance(value, (int, str)) else tuple(value))
         _check_anchoring(self)
 
-    def replace(self, **changes):
-        "Returns a copy with these knobs changed."
-        return replace(self, **changes)
+    def replace(self, **changes): return replace(self, **changes)
 
 # %% ../nbs/02ka_anchor.ipynb #ga0010
 _choices = dict(negatives=NEGATIVES, adapter=("lora", "blocks"), precision=("float32", "bf16"))
@@ -253,9 +253,11 @@ def resized(
 def teacher_size(
     protocol, size, teacher, encoder,
 ):
-    "Returns the size at which the teacher sees an image; windows look at what the student sees."
+    "Returns the size at which the teacher sees an image: the base size; of windows the student's."
     if protocol.teacher_sizes: return protocol.teacher_sizes[protocol.sizes.index(size)]
-    return size if isinstance(teacher, Tiled) else encoder.image_size
+    return size if isinstance(teacher, Tiled) else base_of(protocol, encoder)
+
+def base_of(protocol, encoder): return protocol.base_size or encoder.image_size
 
 # %% ../nbs/02ka_anchor.ipynb #ga0026
 def anchor_losses(
@@ -276,7 +278,7 @@ def anchor_losses(
         if protocol.gram: losses["gram"] = gram_loss(tokens, target, protocol.negatives)
         if protocol.match: losses["match"] = patch_distance(tokens, target)
     if protocol.keep:
-        small = resized(images, encoder.image_size)
+        small = resized(images, base_of(protocol, encoder))
         with _precision(student, protocol): tokens, prefix = tokens_and_prefix(student, small)
         with _precision(encoder, protocol), torch.no_grad(): target, own = tokens_and_prefix(encoder, small)
         for head in _heads_of(teacher): target = head(target)
@@ -316,6 +318,7 @@ class AnchorCrops(InTwoSteps):
         if torch.rand(1) < self.flip: shown = shown.flip(-1)
         return shown.as_subclass(torch.Tensor), None, torch.empty(0)
 
+# %% ../nbs/02ka_anchor.ipynb #be6d5aeb
 def anchor_batches(
     data,       # images
     protocol,   # an `Anchoring`
@@ -379,6 +382,7 @@ class Training:
         _average([p.grad for p in self.parameters.values()])
         return {name: float(loss.detach()) for name, loss in (losses | dict(loss=total)).items()}
 
+# %% ../nbs/02ka_anchor.ipynb #96015be1
 def _average(tensors):
     "The mean over all processes, in place."
     world = this_process()[1]
@@ -442,6 +446,7 @@ def save(self:Training,
         tensors |= {f"adamw.{i}.{name}": torch.as_tensor(value) for name, value in values.items()}
     write_safetensors(path, tensors, _FORMAT, dict(about=about, at=self.at, history=self.history))
 
+# %% ../nbs/02ka_anchor.ipynb #9c6e1f8d
 @patch
 def resume(self:Training,
     path,     # of a file that `save` wrote
@@ -564,7 +569,7 @@ def check_anchoring(encoder, teacher, protocol) -> int:
         raise ValueError("gram=0 and match=0: nothing would be learned; give one of them a weight")
     asked = [teacher_size(protocol, size, teacher, encoder) for size in protocol.sizes]
     for size in (*protocol.sizes, *asked): check_image_size(size, encoder.patch_size)
-    own = height_width(encoder.image_size) if protocol.keep else ()
+    own = height_width(base_of(protocol, encoder)) if protocol.keep else ()
     return max(side for size in (*protocol.sizes, *asked) for side in (*height_width(size), *own))
 
 # %% ../nbs/02ka_anchor.ipynb #ga0048

@@ -247,7 +247,7 @@ class Resolution:
     heads: tuple = tuple(HEADS)         # which heads are compared; the first is what others are compared with
     clusters: Protocol = LEOPART.replace(k=(100,), seeds=(0, 1, 2))   # of overclustering; one number
     linear: LinearProtocol = STORED_LINEAR   # its closed form alone is used
-    context: Context = UPRIGHT.replace(memory=10_240)   # of the segmentation in context
+    context: Context = UPRIGHT.replace(memory=10_240)   # in context; as many patches at every size
     position_seeds: tuple = (1, 2)      # of the augmentation at which position is read off
 
     def __post_init__(self):
@@ -281,28 +281,38 @@ def resolution_curve(
     scored, learned = ({size: data_at(given, size) for size in sizes} for given in (data, learn))
     enlarged = {size: count_enlarged(scored[size], size, enlarge) for size in sizes}
     for size in sizes: count_enlarged(learned[size], size, enlarge)
-    remover, parts = remover or RASA(), []
-    def variants():
-        found = {name: fit_heads(e, learned, base, protocol.heads, remover, reading)
-                 for name, e in encoders.items()}
-        return {size: {(name, head): found[name][head, size] for name in encoders for head in protocol.heads}
-                for size in sizes}
-    made = None
-    for size in sizes:
-        about = encoders, scored[size], [learned[s] for s in sizes], remover, protocol, size, sizes, base
-        path = folder and Path(folder) / f"{_hash_of(*about)}-{size}.json"
+    protocol = _fill_memory(protocol, encoders, learned)
+    parts = _each_size(encoders, scored, learned, base, remover or RASA(), protocol, reading, folder)
+    joined = {kind: [row for part in parts for row in part[kind]] for kind in ("rows", "changes", "controls")}
+    sources = [data_source(d[base], masks=True) for d in (scored, learned)]
+    return ResolutionCurve(**joined, sizes=sizes, base_size=base, protocol=asdict(protocol), data=sources[0],
+                           learned=sources[1], enlarged=enlarged, remover=repr(remover or RASA()))
+
+# %% ../nbs/02k_resolution.ipynb #2bacad74
+def _each_size(encoders, scored, learned, base, remover, protocol, reading, folder):
+    "Rows, changes and controls of each size; those in files are not made again."
+    parts, made = [], None
+    for size in scored:
+        path = None
+        if folder:
+            about = encoders, scored[size], [*learned.values()], remover, protocol, size, list(scored), base
+            path = Path(folder) / f"{_hash_of(*about)}-{size}.json"
         if path and path.exists():
             parts.append(json.loads(path.read_text()))
             continue
-        made = made or variants()
+        made = made or _variants(encoders, learned, base, remover, protocol, reading)
         pairs = made[size], made[base], scored[size], learned[size]
         part = measure_size(*pairs, size, base, protocol, reading)
         if path: write_whole(path, json.dumps(part))
         parts.append(part)
-    joined = {kind: [row for part in parts for row in part[kind]] for kind in ("rows", "changes", "controls")}
-    sources = [data_source(d[base], masks=True) for d in (scored, learned)]
-    return ResolutionCurve(**joined, sizes=sizes, base_size=base, protocol=asdict(protocol), data=sources[0],
-                           learned=sources[1], enlarged=enlarged, remover=repr(remover))
+    return parts
+
+def _variants(encoders, learned, base, remover, protocol, reading):
+    "{size: {(encoder, head): encoder}}."
+    about = learned, base, protocol.heads, remover, reading
+    found = {name: fit_heads(encoder, *about) for name, encoder in encoders.items()}
+    keys = [(name, head) for name in encoders for head in protocol.heads]
+    return {size: {(name, head): found[name][head, size] for name, head in keys} for size in learned}
 
 # %% ../nbs/02k_resolution.ipynb #rs0031
 def _check_sizes(encoders, sizes, base_size):
@@ -313,6 +323,13 @@ def _check_sizes(encoders, sizes, base_size):
     for size in (*given, base):
         for encoder in encoders.values(): check_image_size(size, encoder.patch_size)
     return sorted({*given, base}, key=lambda size: math.prod(height_width(size))), base
+
+def _fill_memory(protocol, encoders, learned):
+    "The protocol with a memory that the smallest size can fill, so that it is as large at every size."
+    grids = [check_image_size(size, e.patch_size) for size in learned for e in encoders.values()]
+    there = min(map(len, learned.values())) * min(map(math.prod, grids))
+    memory = tuple(min(n or there, there) for n in protocol.context.memory)
+    return protocol.replace(context=protocol.context.replace(memory=memory))
 
 def _hash_of(encoders, scored, learned, remover, protocol, size, sizes, base):
     "What the numbers of a size depend on, as a short text."
@@ -505,6 +522,7 @@ def table(self:ResolutionCurve) -> pd.DataFrame:
     order = sorted(rows, key=lambda row: list(MEASURES).index(row[0]))
     return table.reindex(order)[list(self.sizes)]
 
+# %% ../nbs/02k_resolution.ipynb #95cf5417
 @patch
 def to_markdown(self:ResolutionCurve) -> str:
     "Returns caption, table and notes as Markdown."
@@ -553,6 +571,7 @@ def show(self:ResolutionCurve,
     sns.despine(fig)
     return fig
 
+# %% ../nbs/02k_resolution.ipynb #f6435876
 @patch
 def _draw(self:ResolutionCurve, ax, encoder, measure):
     _, sns = drawing()
