@@ -90,11 +90,11 @@ def even(data, n): return Part(data, range(0, len(data), max(1, len(data) // n))
 
 
 def scenes(root, n, steps):
-    n = n or 60
+    n = n or 32
     learn, score = partial(Scenes, "train", n), partial(Scenes, "val", n)
     train = Scenes("train", 200, size=192)
     return Case(load_encoder("tiny", device="cpu"), learn, score, 96, (144, 192), train, (144, 192),
-                steps or 60, "tiled")
+                steps or 40, "tiled")
 
 
 def voc(make, base, sizes, trained, steps, n, root, images, asked):
@@ -105,28 +105,32 @@ def voc(make, base, sizes, trained, steps, n, root, images, asked):
 
 
 def water(root, n, steps):
-    folder, n = root / "data" / "s2_water", n or 80
+    folder, n = root / "data" / "s2_water", n or 60
     learn, score = (partial(WaterAt, folder, half, n) for half in (0, 1))
     train = WaterAt(folder, 0, 200, 192)
-    return Case(_galileo(root), learn, score, 96, (144, 192, 288), train, (144, 192), steps or 80, "tiled")
+    return Case(_galileo(root), learn, score, 96, (144, 192), train, (144, 192), steps or 60, "tiled")
 
 
 CASES = {
     "tiny": scenes,
-    "mae_cifar on VOC": partial(voc, _mae_cifar, 48, (72, 96, 144), (72, 96, 144), 150, 100),
+    "mae_cifar on VOC": partial(voc, _mae_cifar, 48, (72, 96, 144), (72, 96, 144), 100, 80),
     "galileo on water": water,
-    "galileo on VOC": partial(voc, _galileo, 96, (144, 192, 288), (144, 192), 80, 60),
-    "deit on VOC": partial(voc, _deit, 224, (336, 448), (288, 336), 24, 40)}
+    "deit on VOC": partial(voc, _deit, 224, (336,), (336,), 20, 24),
+    "galileo on VOC": partial(voc, _galileo, 96, (144, 192, 288), (144, 192), 60, 60),
+    "deit on VOC, 448 px": partial(voc, _deit, 224, (336, 448), (336,), 20, 24)}
+USUAL = list(CASES)[:4]    # the others by name: photographs that an encoder knows nothing of, and enlarged ones
 
 
 # What is compared
 
 
 def protocol_of(heads):
-    quick = dict(n_init=1, max_iter=30, points_per_centroid=100)
-    clusters = LEOPART.replace(k=(50,), seeds=(0, 1, 2), **quick)
+    quick = dict(n_init=1, max_iter=20, points_per_centroid=100)
+    clusters = LEOPART.replace(k=(30,), seeds=(0, 1), **quick)
     context = UPRIGHT.replace(memory=5120, seeds=(0, 1))
-    return RESOLUTION.replace(heads=heads, clusters=clusters, context=context)
+    position_seeds = (1, 2) if len(heads) > 2 else (1,)
+    tasks = dict(clusters=clusters, context=context)
+    return RESOLUTION.replace(heads=heads, position_seeds=position_seeds, **tasks)
 
 
 def anchored(name, case, folder, anchoring, teacher):
@@ -208,7 +212,7 @@ def arguments():
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     add = parser.add_argument
-    add("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=", ".join(CASES))
+    add("--cases", nargs="+", choices=CASES, default=USUAL, metavar="CASE", help=", ".join(CASES))
     add("--parts", nargs="+", choices=[*PARTS, "cost"], default=[*PARTS, "cost"])
     add("--images", type=int, help="of each split; each case has its own number by default")
     add("--steps", type=int, help="of each training; each case has its own number by default")
