@@ -1,108 +1,111 @@
-"""What removal does beside clusters: segmentation in context, and a ridge probe of the classes.
+"""Every method in every task: overclustering, linear and in-context segmentation, at one size, from three seeds.
 
     python benchmarks/tasks.py --mae runs/mae/tiny.safetensors
+    python benchmarks/tasks.py --cases "galileo on water" tiny --tasks linear in_context
+    python benchmarks/tasks.py --cases tiny --images 60 --steps 20 --folder quick --out quick.json
+    python benchmarks/tasks.py --cases "deit on VOC" --images 60 --steps 50 --folder quick --cost
 
-In context: the patches of the split `pick` are the memory, the mean class of a patch is its value; a patch of
-`report` takes the 30 nearest by cosine, weighted by a softmax at temperature 0.02. The probe is a ridge
-regression on the same patches. Beside them stand the most frequent class, and the classes of each cell alone.
-Heads are those that benchmarks/methods.py fitted. Writes benchmarks/results/tasks.json, case by case.
+Heads are those that benchmarks/methods.py fitted, and are fitted where they are not there yet. What is learned
+with labels is learned on the split `pick` and scored on `report`. Fills results/tasks.json case by case and goes
+on where it was stopped: finished runs are kept in --folder. Prints Markdown. The last command measures what it
+costs to score all methods at once, in linear and in-context segmentation, against each task and method by itself.
 """
 import argparse
 import json
+import time
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-
-from rasa_nb.matching import class_iou, confusion_matrix
+from rasa_nb.linear import STORED_LINEAR, linear_segmentation
+from rasa_nb.matching import LEOPART
 from rasa_nb.reading import Reading
+from rasa_nb.retrieval import UPRIGHT, in_context
 from rasa_nb.store import atomic
+from rasa_nb.tasks import TASKS, evaluate
 
 from cases import CASES, SHARED, open_case
-from methods import fitted
+from methods import fitted, load, rounded
 
 here = Path(__file__).resolve().parent
-METHODS = ["RASA", "position mean", "RASA as in the paper", "blank-image SVD, 10", "random subspace"]
 
 
-def patches_of(encoder, data, size):
-    "Tokens [n, gh, gw, D], the mean class of each patch [n, gh, gw, C], and masks [n, size, size]."
-    reading, tokens, masks = Reading(size), [], []
-    for z, mask in encoder.encode(reading.apply(data), reading, "tasks"):
-        tokens.append(z)
-        masks.append(mask.long())
-    tokens, masks = torch.cat(tokens), torch.cat(masks)
-    known = (masks != data.ignore_index)[..., None]
-    one_hot = F.one_hot(masks.where(known[..., 0], 0), data.num_classes) * known
-    pooled = F.adaptive_avg_pool2d(one_hot.permute(0, 3, 1, 2).float(), tokens.shape[1:3])
-    return tokens, pooled.permute(0, 2, 3, 1), masks
+def protocols(case, args):
+    "The protocols of a case: K-means started once, and masks of 100 px for all tasks."
+    clusters = LEOPART.replace(n_init=1, max_iter=30, k=case.k)
+    linear = STORED_LINEAR.replace(unseen="score", steps=args.steps or STORED_LINEAR.steps)
+    return dict(overcluster=clusters, linear=linear, in_context=UPRIGHT.replace(mask_size=100, unseen="score"))
 
 
-def in_context(keys, values, queries):
-    "Mean value of each query's 30 nearest keys [q, C]."
-    keys, queries = F.normalize(keys, dim=-1), F.normalize(queries, dim=-1)
-    found = []
-    for some in queries.split(1024):
-        cosine, nearest = (some @ keys.T).topk(30)
-        weights = (cosine / .02).softmax(-1)
-        found.append((weights[..., None] * values[nearest]).sum(1))
-    return torch.cat(found)
+def run_case(name, args):
+    "The record of a case."
+    case, start = open_case(name, args.shared, args.mae), time.perf_counter()
+    heads = fitted(name, case.first(args.images) if args.images else case, args)
+    if args.images: case = case.first(args.images)
+    chosen = {method: heads[method] for method in args.methods or heads}
+    table = evaluate({"none": case.encoder} | chosen, case.pick, case.report, args.tasks, case.size, args.seeds,
+                     args.reading, args.folder / "tasks", protocols(case, args), examples=())
+    print(f"# {name}\n\n{table.to_markdown()}\n", flush=True)
+    about = dict(size=case.size, tasks=list(args.tasks), minutes=(time.perf_counter() - start) / 60)
+    return about | table.to_dict()
 
 
-def ridge(keys, values, queries):
-    "What a ridge regression of the values on the standardized keys says of the queries [q, C]."
-    mean, std = keys.mean(0), keys.std(0).clamp_min(1e-6)
-    x, y = ((keys - mean) / std).double(), values.double()
-    gram = x.T @ x + 1e-3 * len(x) * torch.eye(x.shape[1])
-    weights = torch.linalg.solve(gram, x.T @ (y - y.mean(0)))
-    return ((queries - mean) / std).double() @ weights + y.mean(0)
+def cost(name, args):
+    "Seconds of this process for linear and in-context segmentation, of all methods at once and one by one."
+    case = open_case(name, args.shared, args.mae).first(args.images or 60)
+    encoders = {"none": case.encoder} | fitted(name, case, args)
+    seen, knobs = [], protocols(case, args)
+    counter = case.encoder.model.patch_embed
+    hook = counter.register_forward_hook(lambda module, images, out: seen.append(len(out)))
+    def timed(run):
+        seen.clear()
+        start = time.process_time()
+        run()
+        return dict(seconds=time.process_time() - start, images=sum(seen))
+    rest = dict(image_size=case.size, seeds=(0,), reading=args.reading.replace(progress=False), examples=())
+    splits = case.pick, case.report
+    together = timed(lambda: evaluate(encoders, *splits, ("linear", "in_context"), protocols=knobs, **rest))
+    def one_by_one():
+        for method, encoder in encoders.items():
+            linear_segmentation({method: encoder}, *splits, knobs["linear"], **rest)
+            in_context({method: encoder}, *splits, knobs["in_context"], **rest)
+    alone = timed(one_by_one)
+    hook.remove()
+    return dict(encoders=len(encoders), images=len(case.pick) + len(case.report), together=together, alone=alone)
 
 
-def miou(told, masks, ignore_index):
-    "mIoU in percent of class scores [n, gh, gw, C], upsampled to the masks, over the classes that occur."
-    maps = F.interpolate(told.float().permute(0, 3, 1, 2), masks.shape[1:], mode="bilinear")
-    classes = told.shape[-1]
-    counts = confusion_matrix(maps.argmax(1), masks, classes, classes, ignore_index)
-    return 100 * float(np.nanmean(class_iou(counts, np.arange(classes))))
-
-
-def scores(encoder, case):
-    "Score of each task by name."
-    tokens, labels, _ = patches_of(encoder, case.pick, case.size)
-    asked, _, masks = patches_of(encoder, case.report, case.size)
-    there = labels.sum(-1).flatten() > .5    # patches that are mostly void name nothing
-    keys, values = tokens.flatten(0, 2)[there], labels.flatten(0, 2)[there]
-    queries, shape = asked.flatten(0, 2), (*asked.shape[:3], labels.shape[-1])
-    told = {name: task(keys, values, queries).view(shape)
-            for name, task in dict(context=in_context, ridge=ridge).items()}
-    told["cell alone"] = labels.mean(0).expand(shape)
-    told["constant class"] = labels.mean((0, 1, 2)).expand(shape)
-    return {name: miou(each, masks, case.report.ignore_index) for name, each in told.items()}
-
-
-def main():
+def arguments():
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     add = parser.add_argument
-    add("--cases", nargs="+", choices=CASES, default=list(CASES)[:6], metavar="CASE")
+    add("--cases", nargs="+", choices=CASES, default=list(CASES)[:6], metavar="CASE", help=", ".join(CASES))
+    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK", help=", ".join(TASKS))
+    add("--methods", nargs="+", metavar="METHOD", help="names as in benchmarks/methods.py; all by default")
     add("--mae", type=Path, help="weights of the masked autoencoder, of tiny's architecture")
-    add("--shared", type=Path, default=SHARED)
-    add("--images", type=int, default=200, help="the first so many of each split of scenes")
-    add("--folder", type=Path, default=here.parent / "runs" / "methods", help="of fitted heads")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--steps", type=int, help="of the linear layer; the protocol's by default")
+    add("--images", type=int, help="the first so many of each split; all by default")
+    add("--cost", action="store_true", help="measure what it costs at once and one by one, and write nothing")
+    add("--shared", type=Path, default=SHARED, help="folder of real weights and data")
+    add("--batch_size", type=int, default=32)
+    add("--folder", type=Path, default=here.parent / "runs" / "methods", help="of fitted heads and finished runs")
     add("--out", type=Path, default=here / "results" / "tasks.json")
     args = parser.parse_args()
-    args.reading = Reading()
-    record = json.loads(args.out.read_text()) if args.out.exists() else {}
-    for name in [name for name in args.cases if name not in record]:
-        case = open_case(name, args.shared, args.mae)
-        heads = fitted(name, case, args)
-        if "VOC" not in name and "water" not in name: case = case.first(args.images)
-        encoders = {"none": case.encoder} | {method: heads[method] for method in METHODS}
-        about = dict(memory=case.pick.describe(), scored=case.report.describe(), size=case.size)
-        record[name] = about | dict(scores={method: scores(e, case) for method, e in encoders.items()})
-        with atomic(args.out) as part: part.write_text(json.dumps(record))
-        print(name, json.dumps(record[name]["scores"], indent=1), flush=True)
+    args.reading = Reading(batch_size=args.batch_size, progress=True)
+    return args
+
+
+def main():
+    args = arguments()
+    if args.cost: return [print(name, json.dumps(rounded(cost(name, args)))) for name in args.cases]
+    record = load(args.out)
+    asked = dict(tasks=args.tasks, methods=args.methods, seeds=args.seeds, images=args.images, steps=args.steps)
+    for name in args.cases:
+        if name in record and record[name].get("asked") == asked: continue
+        if name == "mae" and not args.mae:
+            print("mae: left out, as --mae names no weights", flush=True)
+            continue
+        record[name] = run_case(name, args) | dict(asked=asked)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        with atomic(args.out) as part: part.write_text(json.dumps(rounded(record)))
 
 
 if __name__ == "__main__": main()

@@ -21,6 +21,10 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs=dict(
     visualize=["cluster_maps", "pca_maps", "position_maps", "shift_test", "similarity_maps"],
     explorer=["explore"],
     deploy=["export_onnx", "fold", "load_from_hub", "push_to_hub"],
+    linear=["linear_segmentation"],
+    retrieval=["in_context"],
+    keypoints=["correspondence"],
+    tasks=["evaluate"],
     comparison=["compare_methods"],
     report=["Report"],
 ))

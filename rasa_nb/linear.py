@@ -8,7 +8,7 @@ __all__ = ['DINOV3_LINEAR', 'DINOV2_LINEAR', 'NECO_LINEAR', 'STORED_LINEAR', 'Li
            'train_stored', 'RidgeProbe', 'fit_ridge', 'LinearCrops', 'train_on_crops', 'crop_batches', 'window_starts',
            'slide', 'score_windows', 'linear_segmentation']
 
-# %% ../nbs/02i_linear.ipynb #3f19a123
+# %% ../nbs/02i_linear.ipynb #007445e0
 import dataclasses, math
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 
-# %% ../nbs/02i_linear.ipynb #e00d9748
+# %% ../nbs/02i_linear.ipynb #66692af8
 from .augment import InTwoSteps, Transformed, color_map, height_width
 from .reading import Evaluation, Reading, batches, progress_bar
 from .patch_encoder import check_image_size, sparing
@@ -34,10 +34,10 @@ from .dense import (DenseResult, TokenShelf, check_learned, class_totals,
                            read_dense_runs, run_controls, score_split, task_controls, whole_dense_run,
                            write_dense_run)
 
-# %% ../nbs/02i_linear.ipynb #dc525020
+# %% ../nbs/02i_linear.ipynb #85a4ba0c
 from torchvision.transforms import v2
 
-# %% ../nbs/02i_linear.ipynb #d3a063e5
+# %% ../nbs/02i_linear.ipynb #14a85e4b
 @dataclass(frozen=True)
 class LinearProtocol:
     "Every knob of linear segmentation."
@@ -77,7 +77,7 @@ class LinearProtocol:
         "Returns a copy with these knobs changed, e.g. `STORED_LINEAR.replace(seeds=(0,))`."
         return dataclasses.replace(self, **changes)
 
-# %% ../nbs/02i_linear.ipynb #997e2d6c
+# %% ../nbs/02i_linear.ipynb #01d03fce
 _choices = dict(crops=(None, "short_side", "area"), loss=("pixels", "patches"), optimizer=("adamw", "sgd"),
                 schedule=("cosine", "cycle", "poly", "drop"), unseen=("refuse", "score"))
 
@@ -101,7 +101,7 @@ def _check_protocol(protocol):
                          "crops")
     if not protocol.seeds: raise ValueError("seeds=(): expected at least one")
 
-# %% ../nbs/02i_linear.ipynb #af255ce5
+# %% ../nbs/02i_linear.ipynb #1b3f8b69
 _crops = dict(image_size=512, crops="short_side", scale=(.5, 2.), most_of_one=.75, flip=.5, windows=True,
               count_void=True, warmup=1500, steps=40_000)
 DINOV3_LINEAR = LinearProtocol("dinov3 linear", colors=(32 / 255, .5, .5, .5), schedule="cycle", **_crops)
@@ -111,9 +111,9 @@ NECO_LINEAR = LinearProtocol(
     "neco linear", mask_size=100, crops="area", scale=(.8, 1.), flip=.5, batch_norm=False, dropout=0.,
     init_std=None, optimizer="sgd", lr=.01, weight_decay=1e-4, schedule="drop", epochs=25, drop_at=20,
     batch_size=128)
-STORED_LINEAR = LinearProtocol("stored linear", mask_size=100, loss="patches", steps=1000)
+STORED_LINEAR = LinearProtocol("stored linear", mask_size=100, loss="patches", lr=.01, steps=500)
 
-# %% ../nbs/02i_linear.ipynb #8d2c9dd4
+# %% ../nbs/02i_linear.ipynb #9f01a6d0
 def learning_rate(
     protocol,     # a `LinearProtocol`
     step:int,     # from 0
@@ -133,7 +133,7 @@ def learning_rate(
     if protocol.schedule == "poly": return protocol.lr * line
     return protocol.lr * (1 + math.cos(math.pi * (at + 1) / total)) / 2
 
-# %% ../nbs/02i_linear.ipynb #34a09a93
+# %% ../nbs/02i_linear.ipynb #909bf585
 class TokenNorm(nn.BatchNorm1d):
     "Batch norm of tokens [..., D] that need no gradient; statistics are those of all processes."
     def forward(self, tokens):
@@ -172,7 +172,7 @@ class LinearProbe(nn.Module):
             tokens = tokens * F.dropout(kept, self.dropout)
         return self.linear(self.norm(tokens))
 
-# %% ../nbs/02i_linear.ipynb #752eab08
+# %% ../nbs/02i_linear.ipynb #81d6e67d
 def pixel_loss(
     scores,    # of patches [B, gh, gw, C]
     masks,     # [B, height, width]
@@ -190,7 +190,7 @@ def patch_loss(
     "Returns the cross entropy of patches with the classes of their pixels; 0 where all pixels are void."
     return -(shares * scores.log_softmax(-1)).sum() / shares.sum().clamp_min(1e-6)
 
-# %% ../nbs/02i_linear.ipynb #30186122
+# %% ../nbs/02i_linear.ipynb #cd79e759
 class Learner:
     "A linear layer in training."
     def __init__(self,
@@ -242,7 +242,7 @@ def step_seed(
     "Returns a seed that differs for each set of numbers."
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
-# %% ../nbs/02i_linear.ipynb #d72c59a9
+# %% ../nbs/02i_linear.ipynb #2aeb853c
 _FORMAT = "rasa_nb.linear.1"
 
 @patch
@@ -274,7 +274,7 @@ def resume(self:Learner,
     self.at = about["at"]
     return self
 
-# %% ../nbs/02i_linear.ipynb #c7c22f15
+# %% ../nbs/02i_linear.ipynb #64d818bc
 def epoch_batches(
     images:int,        # of this process
     batch_size:int,    # of this process
@@ -302,7 +302,7 @@ def count_steps(
     if protocol.steps: return protocol.steps, protocol.drop_at
     return protocol.epochs * per_epoch, protocol.drop_at and protocol.drop_at * per_epoch
 
-# %% ../nbs/02i_linear.ipynb #c676ad24
+# %% ../nbs/02i_linear.ipynb #df8da710
 def train_stored(
     split,       # a `Split`: tokens and masks
     encoder,     # whose tokens are taken
@@ -325,7 +325,7 @@ def train_stored(
         if path and learner.at % 500 == 0 and this_process()[0] == 0: learner.save(path)
     return learner.probe.eval().requires_grad_(False)
 
-# %% ../nbs/02i_linear.ipynb #ee5305db
+# %% ../nbs/02i_linear.ipynb #06c7fc61
 @dataclass(frozen=True)
 class RidgeProbe:
     "A linear map of tokens [..., D] to the share of each class [..., C]."
@@ -364,7 +364,7 @@ def _solve_ridge(sums, shift, ridge):
     bias = target - (mean + shift.double().cpu()) @ weight
     return RidgeProbe(weight.float().to(shift.device), bias.float().to(shift.device))
 
-# %% ../nbs/02i_linear.ipynb #cf897eec
+# %% ../nbs/02i_linear.ipynb #63dbead0
 class LinearCrops(InTwoSteps):
     "Crops, flips and colors of a `LinearProtocol`, at its image size."
     def __init__(self,
@@ -390,7 +390,7 @@ class LinearCrops(InTwoSteps):
         pixels = images.flatten(2).float() / 255
         return torch.baddbmm(added, matrix, pixels).clamp_(0, 1).view(images.shape)
 
-# %% ../nbs/02i_linear.ipynb #eba0c04f
+# %% ../nbs/02i_linear.ipynb #2488dafb
 @patch
 def _by_area(self:LinearCrops, image, mask):
     box = self.area.make_params([image])
@@ -438,7 +438,7 @@ def _padded(self:LinearCrops, image, mask):
     whole[:, :rows, :columns], void[:rows, :columns] = image, mask
     return whole, void
 
-# %% ../nbs/02i_linear.ipynb #584e938c
+# %% ../nbs/02i_linear.ipynb #dd956413
 @patch
 def _look(self:LinearCrops):
     "Matrix [9] and offset [3] of the colors; each change happens to every other image."
@@ -450,7 +450,7 @@ def _look(self:LinearCrops):
     matrix = torch.as_tensor(color_map(steps)[:, :3], dtype=torch.float32) * stretch
     return torch.cat([matrix.flatten(), added * stretch * torch.ones(3)])   # grey stays: neither turns it
 
-# %% ../nbs/02i_linear.ipynb #1f66cc68
+# %% ../nbs/02i_linear.ipynb #af6d6764
 def train_on_crops(
     encoders:dict,   # name -> encoder
     data,            # a dataset with masks
@@ -486,7 +486,7 @@ def _at_size(masks, protocol):
     if tuple(masks.shape[1:]) == size: return masks
     return F.interpolate(masks[:, None].float(), size, mode="nearest")[:, 0].to(masks.dtype)
 
-# %% ../nbs/02i_linear.ipynb #71abef33
+# %% ../nbs/02i_linear.ipynb #69c81289
 def crop_batches(
     data, protocol, seed:int,
     reading,        # a `Reading`: workers
@@ -508,7 +508,7 @@ def crop_batches(
             yield step, images, masks
             step += 1
 
-# %% ../nbs/02i_linear.ipynb #a2021ace
+# %% ../nbs/02i_linear.ipynb #07ab725b
 def window_starts(
     length:int,    # pixels of an image along one axis, at least `size`
     size:int,      # of the window
@@ -537,7 +537,7 @@ def slide(
     for top, left in places: seen[top:top + size[0], left:left + size[1]] += 1
     return {name: total / seen.to(total.device) for name, total in summed.items()}
 
-# %% ../nbs/02i_linear.ipynb #3dc05a47
+# %% ../nbs/02i_linear.ipynb #08ffa384
 class _ShortSide(InTwoSteps):
     "Images with a short side of so many pixels; masks as they are."
     def __init__(self, side): self.side = side
@@ -585,7 +585,7 @@ def _prior_runs(shares, masks, ignore_index):
         for run in run_controls(of, masks, ignore_index, "", named): runs.setdefault(run.encoder, run)
     return runs.values()
 
-# %% ../nbs/02i_linear.ipynb #0983a634
+# %% ../nbs/02i_linear.ipynb #43294756
 def linear_segmentation(
     encoders,             # name -> encoder, or one encoder; the others are compared with the first
     train, val,           # datasets with masks: to learn from, and to score
@@ -599,9 +599,11 @@ def linear_segmentation(
     shelf=None,           # a `TokenShelf` that other tasks share; None: one for this call
 ) -> DenseResult:
     "Returns the mIoU of linear layers, and of a ridge regression, on every encoder's tokens."
-    encoders, train, val, protocol = prepare_task(encoders, train, val, protocol, image_size)
+    reading = Reading.of(reading)
+    size = image_size or reading.size
+    encoders, train, val, protocol = prepare_task(encoders, train, val, protocol, size)
     if seeds is not None: protocol = protocol.replace(seeds=(seeds,) if np.isscalar(seeds) else tuple(seeds))
-    reading, examples = Reading.of(reading), tuple(i for i in examples if i < len(val))
+    examples = tuple(i for i in examples if i < len(val))
     if folder: check_folder(folder, "folder")
     wanted = [("linear", seed) for seed in protocol.seeds]
     if protocol.ridge is not None: wanted = [("ridge", 0), *wanted]
@@ -617,9 +619,9 @@ def linear_segmentation(
     shown = _examples(val, protocol, examples)
     about = tuple(val.classes), val.ignore_index, shown, val.native_size
     groups = number_groups(getattr(val, "groups", None), len(val))
-    ordered = [runs[key] for setting, _ in dict.fromkeys(wanted) for key in files if key[1] == setting]
-    return DenseResult("linear segmentation", "probe", list(dict.fromkeys(ordered)), controls, protocol, scored,
-                       learned, *about, groups)
+    ordered = [runs[key] for key in files]
+    return DenseResult("linear segmentation", "probe", ordered, controls, protocol, scored, learned, *about,
+                       groups)
 
 def _examples(val, protocol, examples):
     "Images and masks of the examples, as they were scored."
@@ -627,7 +629,7 @@ def _examples(val, protocol, examples):
     shown = Transformed(val, Evaluation(protocol.image_size, protocol.mask_size))
     return [shown[i] for i in examples]
 
-# %% ../nbs/02i_linear.ipynb #d45447fe
+# %% ../nbs/02i_linear.ipynb #9070994c
 def _by_shelf(encoders, train, val, protocol, missing, reading, shelf, examples):
     "Runs of whole images, and the controls: layers learn from stored tokens, or from crops."
     sizes, runs = (protocol.image_size, protocol.mask_size), {}
@@ -640,15 +642,16 @@ def _by_shelf(encoders, train, val, protocol, missing, reading, shelf, examples)
     trained = 0 if protocol.crops else sum(key[1] == "linear" for key in missing)
     shown = "train" if reading.progress and rank == 0 else None
     with progress_bar(trained * total, shown, " steps") as bar:
-        for (name, setting, seed), path in missing.items():
-            if setting == "ridge": probe = fit_ridge(a, encoders[name], protocol.ridge)
-            elif protocol.crops: probe = probes[name, setting, seed]
-            else:
-                rest = encoders[name], protocol, seed, _training_file(path), bar
-                probe = train_stored(a.debiased(encoders[name]), *rest)
-            run = score_split(b, encoders[name], probe, name, setting, seed, examples)
-            _finish(run, path)
-            runs[name, setting, seed] = run
+        for name, encoder in needed.items():
+            own, about = a.debiased(encoder) if learn_stored else None, (encoder, protocol)
+            for key, path in missing.items():
+                if key[0] != name: continue
+                _, setting, seed = key
+                if setting == "ridge": probe = fit_ridge(own, encoder, protocol.ridge)
+                elif protocol.crops: probe = probes[name, setting, seed]
+                else: probe = train_stored(own, *about, seed, _training_file(path), bar)
+                run = runs[key] = score_split(b, encoder, probe, *key, examples)
+                _finish(run, path)
     grids = [check_image_size(height_width(sizes[0]), e.patch_size) for e in encoders.values()]
     return runs, task_controls(a, b, grids)
 
@@ -660,7 +663,7 @@ def _finish(run, path):
     write_dense_run(run, path)
     _training_file(path).unlink(missing_ok=True)
 
-# %% ../nbs/02i_linear.ipynb #57ef0121
+# %% ../nbs/02i_linear.ipynb #75b9c5fa
 def _crop_probes(encoders, train, protocol, missing, reading):
     "Layers trained on random crops, by (name, \"linear\", seed): all encoders of a seed together."
     probes = {}
@@ -690,7 +693,7 @@ def _by_windows(encoders, train, val, protocol, missing, reading, shelf, example
     for key, run in runs.items(): _finish(run, missing[key])
     return runs, controls
 
-# %% ../nbs/02i_linear.ipynb #18c16ce9
+# %% ../nbs/02i_linear.ipynb #876df252
 def _class_shares(train, val, size, grids, reading):
     "Classes of each cell of the images to learn from [gh, gw, C] by grid; pixels of each class in both sets."
     shares, totals = {grid: 0 for grid in grids}, []

@@ -10,6 +10,7 @@ from threadpoolctl import threadpool_limits
 
 from rasa_nb import segmentation
 from rasa_nb.head import RASAHead
+from rasa_nb.linear import DINOV3_LINEAR, STORED_LINEAR, Learner, linear_segmentation
 from rasa_nb.matching import FRANCA, LEOPART
 from rasa_nb.moments import Moments, collect_moments
 from rasa_nb.rasa import RASA
@@ -20,6 +21,7 @@ SCRIPT = """
 import sys, torch, torch.distributed as dist
 torch.set_num_threads(1)
 from rasa_nb.encoders import load_encoder
+from rasa_nb.linear import DINOV3_LINEAR, STORED_LINEAR, Learner, linear_segmentation
 from rasa_nb.matching import FRANCA, LEOPART
 from rasa_nb.moments import collect_moments
 from rasa_nb.scenes import Scenes
@@ -34,6 +36,15 @@ for protocol in (LEOPART, FRANCA):
     result = overcluster(*request, folder=sys.argv[1], examples=(0, 20))
     again = overcluster(*request, folder=sys.argv[1], examples=(0, 20))
     assert again.frame.equals(result.frame) and len(result.runs[0].counts) == 21   # in every process
+few = STORED_LINEAR.replace(steps=2, seeds=(0,), unseen="score")
+result = linear_segmentation(encoder, Scenes("train", 25), data.first(9), few, examples=(0, 8))
+if dist.get_rank() == 0: result.save(sys.argv[1] + "/linear.json")
+torch.manual_seed(0)
+z, masks = torch.randn(6, 4, 4, 8), torch.randint(0, 3, (6, 8, 8))
+mine = slice(3 * dist.get_rank(), 3 * dist.get_rank() + 3)
+learner = Learner(8, 3, DINOV3_LINEAR.replace(dropout=0., warmup=1), 4)
+for _ in range(4): learner.step(z[mine], masks[mine])
+if dist.get_rank() == 0: learner.save(sys.argv[1] + "/learner.safetensors")
 dist.destroy_process_group()
 """
 
@@ -90,3 +101,22 @@ def test_two_processes_score_as_one(protocol, tiny, by_two, monkeypatch):
 def test_fewer_images_than_processes_are_refused(monkeypatch):
     monkeypatch.setattr(segmentation, "this_process", lambda: (0, 4))
     with pytest.raises(ValueError, match="3 images for 4 processes: expected at least one"): segmentation.Share.of(3)
+
+
+def test_two_processes_that_average_gradients_learn_what_one_learns(by_two):
+    torch.manual_seed(0)
+    z, masks = torch.randn(6, 4, 4, 8), torch.randint(0, 3, (6, 8, 8))
+    protocol = DINOV3_LINEAR.replace(dropout=0., warmup=1)
+    one, two = (Learner(8, 3, protocol, 4) for _ in range(2))
+    for _ in range(4): one.step(z, masks)
+    two.resume(by_two / "learner.safetensors")
+    for name, tensor in one.probe.state_dict().items():
+        assert torch.allclose(two.probe.state_dict()[name].float(), tensor.float(), atol=1e-6), name
+
+
+def test_two_processes_score_a_ridge_probe_and_its_controls_as_one(by_two, tiny):
+    two, few = json.loads((by_two / "linear.json").read_text()), STORED_LINEAR.replace(steps=2, seeds=(0,), unseen="score")
+    one = linear_segmentation(tiny, Scenes("train", 25), Scenes("val", 21).first(9), few)
+    assert two["scores"][0]["probe"] == "ridge" and two["data"]["images"] == 9
+    assert two["scores"][0]["miou"] == pytest.approx(one.frame.miou[0], abs=.05)
+    assert [row["miou"] for row in two["controls"]] == pytest.approx(one.controls.miou.tolist())
