@@ -54,7 +54,7 @@ def main():
     for name in parser.parse_args().cases:
         record = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
         record[name] = measure(open_case(name).first(200))
-        with atomic(RESULTS) as path: path.write_text(json.dumps(record, indent=1) + "\n")
+        with atomic(RESULTS) as path: path.write_text(json.dumps(record) + "\n")
         print(name, *record[name]["nearest"]["notes"], sep="\n", flush=True)
 
 

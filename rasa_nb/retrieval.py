@@ -67,7 +67,8 @@ def in_context(
         runs += found
         controls |= {run.encoder: run for run in name_grids(floor, some, own, len(prepared) > 1)}
     runs.sort(key=lambda run: list(encoders).index(run.encoder))
-    if len({size for size, _ in groups}) > 1: own = own.replace(image_size=protocol.image_size)
+    if len({settled.image_size for *_, settled in prepared}) > 1:
+        own = own.replace(image_size=protocol.image_size)
     return context_result(runs, list(controls.values()), train, val, own, examples)
 
 # %% ../nbs/02j_retrieval.ipynb #rt00091

@@ -236,7 +236,7 @@ def test_crops_of_the_memory_move_image_and_mask_alike():
 
 
 def test_each_encoder_reads_the_largest_size_of_whole_patches(tiny):
-    encoders = {side: color_encoder(side, 48, f"color {side}") for side in (14, 16)}
+    encoders = {f"patch {side}": color_encoder(side, 48) for side in (14, 16)}
     pairs = [(image, mask) for image, mask in (Scenes("train", 4)[i] for i in range(4))]
     data = ImageList(pairs, Scenes.classes)
     assert list(by_size(encoders, None, HUMMINGBIRD)) == [(504, 14), (512, 16)]
@@ -257,7 +257,7 @@ def test_a_class_without_a_training_pixel_is_refused_or_scores_nothing():
 
 
 def test_encoders_with_patches_of_two_sizes_are_scored_side_by_side():
-    encoders = {side: color_encoder(side, 48, f"color {side}") for side in (8, 16)}
+    encoders = {f"patch {side}": color_encoder(side, 48) for side in (8, 16)}
     result = in_context(encoders, Scenes("train", 4), Scenes("val", 3), lenient)
     alone = [in_context(encoder, Scenes("train", 4), Scenes("val", 3), lenient) for encoder in encoders.values()]
     assert result.frame.miou.tolist() == [one.frame.miou[0] for one in alone]
