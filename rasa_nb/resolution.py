@@ -354,9 +354,9 @@ def measure_size(
     "Returns the rows of one size, their changes and the controls."
     named = {f"{name}, head: {HEADS[head]}": e for (name, head), e in variants.items()}
     bases = dict(zip(named, at_base.values()))
-    found, controls = {}, []
+    found, controls, shelf = {}, [], TokenShelf(reading)
     for task in (position_scores, cluster_scores, linear_scores, context_scores):
-        scores, floor = task(named, data, learn, size, protocol, reading)
+        scores, floor = task(named, data, learn, size, protocol, shelf)
         found |= scores
         controls += floor
     own, other = measure_moves(named, bases, data, size, base_size, reading)
@@ -377,19 +377,19 @@ def _drawn_means(values, weights):
     return weights @ values / weights.sum(1)
 
 # %% ../nbs/02k_resolution.ipynb #rs0034
-def position_scores(encoders, data, learn, size, protocol, reading):
+def position_scores(encoders, data, learn, size, protocol, shelf):
     "Position R² by a ridge probe on augmented images, for each seed of the augmentation."
     found = {(name, "position_r2"): Scores({}) for name in encoders}
     for seed in protocol.position_seeds:
-        how = reading.replace(size=size, augment="published", seed=seed)
+        how = shelf.reading.replace(size=size, augment="published", seed=seed)
         for name, value in position_r2(encoders, data, how).mean.items():
             found[name, "position_r2"].seeds[seed] = value
     return found, [dict(control="no position", measure="position_r2", value=0.)]
 
-def cluster_scores(encoders, data, learn, size, protocol, reading):
+def cluster_scores(encoders, data, learn, size, protocol, shelf):
     "Overclustering, named on the same images and on others."
     asked = protocol.clusters.replace(image_size=size)
-    result = overcluster(encoders, data, protocol=asked, reading=reading, examples=())
+    result = overcluster(encoders, data, protocol=asked, reading=shelf.reading, examples=())
     found, classes, folds = {}, result.class_set(), result.folds
     for name in encoders:
         runs = [run for run in result.runs if run.encoder == name]
@@ -403,17 +403,18 @@ def cluster_scores(encoders, data, learn, size, protocol, reading):
                    for measure, column in dict(clusters="miou", held_out="held_out").items()]
 
 # %% ../nbs/02k_resolution.ipynb #rs0035
-def linear_scores(encoders, data, learn, size, protocol, reading):
+def linear_scores(encoders, data, learn, size, protocol, shelf):
     "The closed form of linear segmentation."
-    how, mask_size, shelf = protocol.linear, protocol.linear.mask_size or size, TokenShelf(reading)
+    how, mask_size = protocol.linear, protocol.linear.mask_size or size
     a, b = (shelf.split(encoders, d, size, mask_size) for d in (learn, data))
     runs = [score_split(b, e, fit_ridge(a, e, how.ridge), name, "ridge", 0) for name, e in encoders.items()]
     grids = [check_image_size(size, e.patch_size) for e in encoders.values()]
     return _dense_scores("linear", runs, task_controls(a, b, grids), how, data)
 
-def context_scores(encoders, data, learn, size, protocol, reading):
+def context_scores(encoders, data, learn, size, protocol, shelf):
     "The segmentation in context."
-    result = in_context(encoders, learn, data, protocol.context, size, reading=reading, examples=())
+    asked = protocol.context
+    result = in_context(encoders, learn, data, asked, size, reading=shelf.reading, examples=(), shelf=shelf)
     return _dense_scores("in_context", result.runs, result.control_runs, protocol.context, data)
 
 def _dense_scores(measure, runs, controls, protocol, data):
