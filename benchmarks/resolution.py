@@ -40,6 +40,8 @@ from rasa_nb.resolution import RESOLUTION, ResolutionCurve, Tiled, gram_loss, re
 from rasa_nb.retrieval import UPRIGHT
 from rasa_nb.scenes import Scenes
 
+from timm.layers import Format    # behind rasa_nb, which mends torchvision where it does not fit torch
+
 from cases import SHARED, _deit, _galileo, _mae_cifar, _place
 from methods import load, save
 
@@ -86,6 +88,14 @@ class Case:
     lr: float = 1e-3
 
 
+def any_size(encoder):
+    "The encoder, whose model of timm was made for one size, open to others."
+    model, embed = encoder.model, encoder.model.patch_embed
+    model.dynamic_img_size, embed.strict_img_size = True, False
+    embed.flatten, embed.output_fmt = False, Format.NHWC
+    return encoder
+
+
 def even(data, n): return Part(data, range(0, len(data), max(1, len(data) // n))[:n])
 
 
@@ -101,14 +111,14 @@ def voc(make, base, sizes, trained, steps, n, root, images, asked):
     train, val = (VOCSegmentation(root / "data", split) for split in ("train", "val"))
     large = [i for i in range(len(train)) if min(train.load_image(i).shape[1:]) >= max(trained)]
     learn, score = (even(data, images or n) for data in (train, val))
-    return Case(make(root), learn, score, base, sizes, Part(train, large), trained, asked or steps)
+    return Case(any_size(make(root)), learn, score, base, sizes, Part(train, large), trained, asked or steps)
 
 
 def water(root, n, steps):
     folder, n = root / "data" / "s2_water", n or 60
     learn, score = (partial(WaterAt, folder, half, n) for half in (0, 1))
     train = WaterAt(folder, 0, 200, 192)
-    return Case(_galileo(root), learn, score, 96, (144, 192), train, (144, 192), steps or 60, "tiled")
+    return Case(any_size(_galileo(root)), learn, score, 96, (144, 192), train, (144, 192), steps or 60, "tiled")
 
 
 CASES = {
