@@ -118,7 +118,8 @@ def water(root, n, steps):
     folder, n = root / "data" / "s2_water", n or 60
     learn, score = (partial(WaterAt, folder, half, n) for half in (0, 1))
     train = WaterAt(folder, 0, 200, 192)
-    return Case(any_size(_galileo(root)), learn, score, 96, (144, 192), train, (144, 192), steps or 60, "tiled")
+    encoder, sizes = any_size(_galileo(root)), (144, 192)
+    return Case(encoder, learn, score, 96, sizes, train, sizes, steps or 60, "tiled")
 
 
 CASES = {
@@ -128,7 +129,7 @@ CASES = {
     "deit on VOC": partial(voc, _deit, 224, (336,), (336,), 20, 24),
     "galileo on VOC": partial(voc, _galileo, 96, (144, 192, 288), (144, 192), 60, 60),
     "deit on VOC, 448 px": partial(voc, _deit, 224, (336, 448), (336,), 20, 24)}
-USUAL = list(CASES)[:4]    # the others by name: photographs that an encoder knows nothing of, and enlarged ones
+USUAL = list(CASES)[:4]    # others by name: photographs that an encoder knows nothing of, and enlarged ones
 
 
 # What is compared

@@ -7,7 +7,7 @@ __all__ = ['AnchorConfig', 'check_anchor_names', 'AnchorRun', 'anchor_run', 'ope
            'save_anchor', 'list_anchor_files', 'main']
 
 # %% ../nbs/02oa_anchored.ipynb #an0004
-import difflib, json
+import difflib, json, shutil
 from argparse import ArgumentParser
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
@@ -171,9 +171,11 @@ def save_anchor(
     run,    # of `score_anchor`
 ) -> Path:
     "Writes `model.safetensors`, `anchor.safetensors`, `run.json` and `figure.png` to the run's folder."
+    from matplotlib.pyplot import close
     from safetensors.torch import save_model
     from rasa_nb.store import atomic, figure_bytes
-    folder = _folder(run.config)
+    folder, figure = _folder(run.config), run.curve.show()
+    close(figure)
     size = 2 * sum(p.nbytes for p in run.anchor.merge().state_dict().values())
     record = dict(format="rasa_nb.anchor_run.1", parameters=asdict(run.config), stages=run.stages,
                   finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -184,7 +186,8 @@ def save_anchor(
         save_model(run.anchor.merge(), str(part / "model.safetensors"))
         run.anchor.save(part / "anchor.safetensors")
         (part / "run.json").write_text(json.dumps(record, indent=1, default=str))
-        (part / "figure.png").write_bytes(figure_bytes(run.curve.show(), dpi=110))
+        (part / "figure.png").write_bytes(figure_bytes(figure, dpi=110))
+        shutil.copymode(part / "run.json", part / "model.safetensors")   # its writer leaves it to its owner
     return folder
 
 def _folder(config):
