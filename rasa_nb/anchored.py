@@ -27,7 +27,7 @@ class AnchorConfig(Config):
     sizes: str = "auto"        # pixels of the student's images; "auto": 144 for scenes, else "512,768"
     teacher: str = "auto"      # "own size", "tiled", "debiased"; "auto": tiled for scenes, else own size
     teacher_sizes: str = ""    # pixels of the teacher's images, one for each size; empty: see `teacher`
-    steps: int = 0             # of training; 0: 40 for scenes, else 2000
+    steps: int = 0             # of training; 0: 30 for scenes, else 2000
     images_per_step: int = 8   # of all processes together
     adapter: str = "lora"      # what learns: "lora", or the last "blocks"
     rank: int = 16             # of LoRA
@@ -60,7 +60,7 @@ def anchoring(self:AnchorConfig):
     from rasa_nb.anchoring import ANCHORING
     on_scenes = self.dataset == "scenes"
     sizes = ("144" if on_scenes else "512,768") if self.sizes == "auto" else self.sizes
-    steps = self.steps or (40 if on_scenes else ANCHORING.steps)
+    steps = self.steps or (30 if on_scenes else ANCHORING.steps)
     numbers = dict(lr=self._number("lr"), gram=self._number("gram"), keep=self._number("keep"))
     plain = "adapter", "rank", "enlarge", "precision", "checkpointing"
     chosen = {name: getattr(self, name) for name in plain}
@@ -134,7 +134,7 @@ def open_images(
     "Returns a dataset; fetches VOC where it is absent and that is allowed."
     if config.dataset == "scenes": data = rasa_nb.Scenes(split, size=size)
     else: data = rasa_nb.VOCSegmentation(config.data_dir, split, config.download)
-    most = config.n_images or (100 if config.dataset == "scenes" else len(data))
+    most = config.n_images or (60 if config.dataset == "scenes" else len(data))
     return data.first(most)
 
 def make_teacher(config, encoder):

@@ -218,7 +218,7 @@ def test_two_processes_have_the_gradients_of_one_and_learn_the_same(small, image
 
 
 def test_a_run_leaves_a_model_that_loads_where_the_old_one_did(tmp_path, capsys):
-    small = "--image_size 32 --sizes 48 --n_images 24 --steps 2 --images_per_step 4 --k 12 --seeds 1".split()
+    small = "--image_size 32 --sizes 48 --n_images 30 --steps 2 --images_per_step 4 --k 12 --seeds 1".split()
     anchored.main([*small, "--out_dir", str(tmp_path), "--run_name", "r"])
     folder, record = tmp_path / "r", json.loads((tmp_path / "r" / "run.json").read_text())
     assert {p.name for p in folder.iterdir()} == {"model.safetensors", "anchor.safetensors", "run.json", "figure.png"}
