@@ -32,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from rasa_nb.anchoring import ANCHORING, GramAnchor, Training
 from rasa_nb.data import Part, SegmentationData, VOCSegmentation, read_image, read_mask
 from rasa_nb.encoders import load_encoder
+from rasa_nb.linear import STORED_LINEAR
 from rasa_nb.matching import LEOPART
 from rasa_nb.patch_encoder import ViTEncoder, timm_parts
 from rasa_nb.rasa import RASA
@@ -138,9 +139,9 @@ USUAL = list(CASES)[:4]    # others by name: photographs that an encoder knows n
 def protocol_of(heads):
     quick = dict(n_init=1, max_iter=20, points_per_centroid=100)
     clusters = LEOPART.replace(k=(30,), seeds=(0, 1), **quick)
-    context = UPRIGHT.replace(memory=5120, seeds=(0, 1))
+    context = UPRIGHT.replace(memory=5120, seeds=(0, 1), unseen="score")
     position_seeds = (1, 2) if len(heads) > 2 else (1,)
-    tasks = dict(clusters=clusters, context=context)
+    tasks = dict(clusters=clusters, linear=STORED_LINEAR.replace(unseen="score"), context=context)
     return RESOLUTION.replace(heads=heads, position_seeds=position_seeds, **tasks)
 
 

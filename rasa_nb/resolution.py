@@ -34,7 +34,8 @@ from .measures import position_r2
 from .matching import LEOPART, Protocol, paired_interval
 from .yardstick import bootstrap_interval, draw_images, middle_pixels, number_groups, resampled_iou
 from .segmentation import drawing, new_axes, overcluster, without_nan
-from .dense import DenseResult, TokenShelf, score_split, task_controls
+from .dense import (DenseResult, TokenShelf, check_learned, class_totals, score_split,
+                           task_controls)
 from .linear import STORED_LINEAR, LinearProtocol, fit_ridge, window_starts
 from .retrieval import UPRIGHT, Context, in_context
 
@@ -407,6 +408,8 @@ def linear_scores(encoders, data, learn, size, protocol, shelf):
     "The closed form of linear segmentation."
     how, mask_size = protocol.linear, protocol.linear.mask_size or size
     a, b = (shelf.split(encoders, d, size, mask_size) for d in (learn, data))
+    seen = class_totals(a), class_totals(b)
+    check_learned(*seen, data.classes, learn.name, how.unseen)
     runs = [score_split(b, e, fit_ridge(a, e, how.ridge), name, "ridge", 0) for name, e in encoders.items()]
     grids = [check_image_size(size, e.patch_size) for e in encoders.values()]
     return _dense_scores("linear", runs, task_controls(a, b, grids), how, data)
