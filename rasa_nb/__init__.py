@@ -1,9 +1,10 @@
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 import lazy_loader
 
 # A name is imported when it is first used: `import rasa_nb.matching` loads no widget, no plot, no method.
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs=dict(
     data=["ImageFolder", "ImageList", "ImageMaskFolder", "VOCSegmentation"],
+    datasets=["list_datasets", "load_dataset"],
     reading=["Reading"],
     scenes=["Scenes"],
     patch_encoder=["PatchEncoder"],
@@ -18,6 +19,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs=dict(
     segmentation=["overcluster"],
     resolution=["resolution_curve"],
     anchoring=["GramAnchor"],
+    own_shape=["overcluster_own_shape"],
     visualize=["cluster_maps", "pca_maps", "position_maps", "shift_test", "similarity_maps"],
     explorer=["explore"],
     deploy=["export_onnx", "fold", "load_from_hub", "push_to_hub"],
@@ -26,5 +28,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs=dict(
     keypoints=["correspondence"],
     tasks=["evaluate"],
     comparison=["compare_methods"],
+    published=["list_published"],
     report=["Report"],
+    reproduction=["reproduce"],
 ))

@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from torch import nn
 
 # %% ../nbs/03b_comparison.ipynb #c004
-from .data import as_data
+from .data import as_data, how_many
 from .reading import Reading
 from .patch_encoder import PatchEncoder
 from .encoders import from_module
@@ -142,9 +142,10 @@ def title(self:Comparison):
     protocol = f"protocol {self.protocol['name']} at {self.protocol['image_size']} px"
     if changed: protocol += f" (with {', '.join(changed)})"
     seeds = len(self.miou["none"][self.ks[0]])
+    scored = how_many(self.scored).removesuffix(" images")
     held_out = "" if self.held_out is None else "; held out: clusters named by other images"
-    return (f"{self.encoder}: fitted on {self.learned['images']} images of {self.learned['name']}, "
-            f"scored on {self.scored['images']} of {self.scored['name']}; mIoU in percent, {protocol}, "
+    return (f"{self.encoder}: fitted on {how_many(self.learned)} of {self.learned['name']}, "
+            f"scored on {scored} of {self.scored['name']}; mIoU in percent, {protocol}, "
             f"mean ± std of {seeds} K-means seeds{held_out}; R² on held-out images, mean of row and column")
 
 @patch(as_prop=True)

@@ -559,7 +559,7 @@ def score_windows(
     about = data.num_classes, data.ignore_index
     encode = sparing(lambda images: tokens_via(encoders, images))
     def scores_of(views):
-        tokens = encode(views)
+        tokens = encode(views) if probes else {}
         return {key: probe(tokens[key[0]]) for key, probe in probes.items()}
     shown, one = Transformed(data, _ShortSide(min(size))), reading.replace(batch_size=1)
     device = next(iter(encoders.values())).device
@@ -600,6 +600,7 @@ def linear_segmentation(
 ) -> DenseResult:
     "Returns the mIoU of linear layers, and of a ridge regression, on every encoder's tokens."
     reading = Reading.of(reading)
+    if this_process()[0]: reading = reading.replace(progress=False)
     size = image_size or reading.size
     encoders, train, val, protocol = prepare_task(encoders, train, val, protocol, size)
     if seeds is not None: protocol = protocol.replace(seeds=(seeds,) if np.isscalar(seeds) else tuple(seeds))

@@ -80,7 +80,7 @@ def fill(self:Protocol,
 ) -> Protocol:
     "Returns the protocol with `k` and `seeds` settled, each a tuple of numbers."
     if k is None: k = self.k
-    if k is None: k = (num_classes, 100, 300)
+    if k is None: k = (num_classes, *(more for more in (100, 300) if more > num_classes))
     if seeds is None: seeds = self.seeds
     return self.replace(k=_numbers(k), seeds=_numbers(seeds))
 

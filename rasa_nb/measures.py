@@ -29,7 +29,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 # %% ../nbs/02d_measures.ipynb #c005
-from .data import as_data
+from .data import as_data, how_many
 from .reading import Reading
 from .patch_encoder import check_image_size
 from .moments import Moments, check_finite, position_targets, ridge_r2
@@ -548,7 +548,7 @@ class PositionReport:
         tables = {kind: pd.DataFrame(of).T for kind, of in self.measures.items()}
         return pd.concat(tables, axis=1)
     @property
-    def title(self): return f"{self.images} images of {self.data['name']}, {self.k} clusters"
+    def title(self): return f"{how_many(self.data)} of {self.data['name']}, {self.k} clusters"
     def to_dict(self): return asdict(self)
 
 # %% ../nbs/02d_measures.ipynb #c073

@@ -25,7 +25,7 @@ from scipy.sparse import csr_array
 from torch.utils.data import Subset
 
 # %% ../nbs/02h_segmentation.ipynb #i002
-from .data import as_data
+from .data import as_data, how_many
 from .reading import Evaluation, Reading, Transformed, progress_bar
 from .patch_encoder import check_image_size
 from .store import atomic, check_folder, data_source, fingerprint, token_store
@@ -746,7 +746,7 @@ def caption(self:OverclusterResult) -> str:
     if self.native_size: knobs["image_size"] = f"{self.protocol.image_size} (the data's own)"
     said = ", ".join(f"{name}={value}" for name, value in knobs.items())
     absent = f" Absent from the split and left out: {', '.join(self.absent)}." if self.absent else ""
-    return (f"mIoU (%), mean ± std over seeds. {self.data['name']}, {self.data['images']} images."
+    return (f"mIoU (%), mean ± std over seeds. {self.data['name']}, {how_many(self.data)}."
             f"{self._columns} Protocol {self.protocol.name}: {said}.{absent}")
 
 @patch(as_prop=True)

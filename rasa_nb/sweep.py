@@ -24,7 +24,8 @@ from .run import Config, add_options, check_names, identify, plain_name, read_op
 
 # %% ../nbs/03a_sweep.ipynb #c007
 _own = ("out_dir", "run_name", "cache_dir", "moments_file")    # the sweep sees to these
-_aside = (*_own, "data_dir", "download", "device", "batch_size", "num_workers")    # tell no runs apart
+_aside = (*_own, "data_dir", "data_root", "learn_root", "download",    # tell no runs apart
+          "device", "batch_size", "num_workers")
 
 @dataclass(frozen=True)
 class Planned:

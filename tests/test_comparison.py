@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rasa_nb.baselines import ShiftAverage, roster
+from rasa_nb.data import how_many
 from rasa_nb.comparison import Comparison, RandomSubspace, choose_default, compare_methods
 from rasa_nb.matching import LEOPART
 from rasa_nb.moments import Moments
@@ -67,7 +68,7 @@ def test_the_record_has_every_case_and_its_captions_say_what_was_run(record):
     reported = comparisons(record, "report")
     assert len(reported) == len(comparisons(record, "pick")) == 8
     for c in reported:
-        assert f"{c.learned['images']} images of {c.learned['name']}" in c.title
+        assert f"{how_many(c.learned)} of {c.learned['name']}" in c.title
         assert "n_init=1" in c.title and f"{len(c.miou['none'][c.ks[0]])} K-means seeds" in c.title
     for c in comparisons(record, "full"): assert "n_init" not in c.title and "5 K-means seeds" in c.title
 

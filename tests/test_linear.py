@@ -243,15 +243,25 @@ def test_windows_average_what_they_show_and_one_window_is_the_whole():
     assert torch.allclose(slide(scores_of, image, (8, 8), (6, 6))["toy"], expected / seen, atol=1e-6)
 
 
-def test_windows_of_images_of_any_shape_give_a_mask_of_each_size():
-    random = np.random.default_rng(0)
+def test_windows_of_images_of_any_shape_give_a_mask_of_each_size(tmp_path):
+    seen, random = [], np.random.default_rng(0)
     wide = [(np.eye(3)[ids].repeat(8, 0).repeat(8, 1).astype(np.float32), ids.repeat(8, 0).repeat(8, 1).astype(np.uint8))
             for ids in (random.integers(0, 3, shape) for shape in ((6, 9), (8, 6), (6, 6)))]
     protocol = DINOV3_LINEAR.replace(image_size=48, steps=60, warmup=5, lr=.05, batch_size=6, seeds=(0,), colors=None)
-    result = linear_segmentation(color_encoder(), colored(9), ImageList(wide, NAMES), protocol)
+
+    def tokens(images):
+        seen.append(len(images))
+        return F.avg_pool2d(images, 8).permute(0, 2, 3, 1)
+
+    asked = encoder_of(tokens, 3), colored(9), ImageList(wide, NAMES), protocol
+    result = linear_segmentation(*asked, folder=tmp_path)
     assert [len(m) for m in result.runs[0].maps] == [48, 64, 48]
     assert result.runs[0].confusion.sum() == sum(mask.size for _, mask in wide)
     assert result.frame.miou.min() > 80 > result.controls.miou.max()
+    seen.clear()
+    again = linear_segmentation(*asked, folder=tmp_path)
+    assert again.frame.equals(result.frame) and again.controls.equals(result.controls)
+    assert sum(seen) <= 3 and not list(tmp_path.glob("*training*"))    # a picture or two that tell encoders apart
 
 
 def test_several_layers_are_joined(tiny, scenes):

@@ -93,7 +93,8 @@ def check_options(words, folder):
     assert not unknown, f"{words[0]} --help says nothing of {unknown}"
 
 
-NOT_RUN = {"make": check_make, "papermill": check_papermill, "pip": check_install, "git": check_clone, "torchrun": check_torchrun, "rasa-sweep": check_options}
+NOT_RUN = {"make": check_make, "papermill": check_papermill, "pip": check_install, "git": check_clone, "torchrun": check_torchrun, "rasa-sweep": check_options,
+           "rasa-reproduce": check_options}
 
 
 # The tests

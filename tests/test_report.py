@@ -122,7 +122,7 @@ def test_published_numbers_stand_beside_ours_under_the_same_protocol_only(model,
 
 
 def test_published_numbers_have_a_source():
-    assert all(p.source and 0 < p.before < 100 and p.images for p in PUBLISHED) and len({(p.model, p.k, p.source) for p in PUBLISHED}) == len(PUBLISHED)
+    assert all(p.source and 0 < p.before < 100 and p.images and p.knobs for p in PUBLISHED) and len({(p.row, p.k) for p in PUBLISHED}) == len(PUBLISHED)
 
 
 class Tags(HTMLParser):
@@ -168,3 +168,32 @@ def test_runs_of_0_0_1_are_read_under_the_names_of_today(tmp_path):
     sgd["parameters"] = dict(model="vits", solver="sgd", seed=0)
     report = Report.read(write(tmp_path, a=old, b=sgd))
     assert [s.method for s in report.settings] == ["rasa", "trained"] and list(report.frame.method) == ["rasa", "trained"]
+
+
+def on_data(name, learned="voc-train", whole=2000, **options):
+    "A record of another dataset, of ten of its images."
+    made = record({21: [1., 2.]}, {21: [2., 4.]}, images=10, **options)
+    made["data"] |= dict(name=name, of=whole)
+    made["head"]["fitted_on"]["data"]["name"] = learned
+    return made
+
+
+def test_each_dataset_has_a_table_of_its_own_and_says_what_was_learned_from(tmp_path):
+    whole = record({21: [1., 2.]}, {21: [2., 4.]}, model="vits")
+    report = Report.read(write(tmp_path, a=on_data("ade20k-validation"), b=whole,
+                               c=on_data("ade20k-validation", "ade20k-training", seed=1)))
+    tables = report.by_data
+    assert {name: len(table) for name, table in tables.items()} == {"ade20k-validation": 2, "voc-val": 1}
+    assert set(tables["ade20k-validation"]["learned on"]) == {"voc-train", "ade20k-training"}
+    text = report.to_markdown()
+    assert text.index("### ade20k-validation") < text.index("### voc-val")
+    assert text.count("**dinov2_vitb, rasa, learned on voc-train †**") == 1 and "10 of 2000 images" in text
+    assert "dinov2_vitb †" in set(tables["ade20k-validation"].model) and tables["voc-val"].model[0] == "vits"
+    for form in (report.to_html(), report.to_latex()): assert "ade20k-validation" in form
+
+
+def test_published_numbers_of_other_tasks_stand_beside_no_clusters():
+    linear = [p for p in PUBLISHED if p.task == "linear"]
+    assert linear and {p.model for p in linear} & {"dinov2_vitb"}
+    beside, apart = published_for(Setting([on_data("ade20k-validation")]), linear)
+    assert not beside and not apart

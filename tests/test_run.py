@@ -17,7 +17,7 @@ import papermill as pm
 import pytest
 import torch
 from fastcore.docments import docments
-from conftest import change_pixels
+from conftest import change_pixels, shared
 from papermill.exceptions import PapermillExecutionError
 from safetensors import SafetensorError
 
@@ -131,6 +131,12 @@ def test_bad_names_by_papermill_are_refused_before_the_work(tmp_path, parameters
     (dict(k=[]), "expected a number"),
     (dict(k="many"), "k='many': expected a number"),
     (dict(data="coco"), "data='coco': expected one of 'auto', 'scenes', 'voc'"),
+    (dict(data="ade20k", k=100), "k=100: expected at least 150, the number of classes of ade20k"),
+    (dict(data="voc", split="test"), "split='test': voc has 'train', 'val'"),
+    (dict(learn_data="no/folder"), "learn_data='no/folder' Expected a folder of images, or one of"),
+    (dict(learn_data="ade20k", learn_split="val"), "learn_split='val': ade20k has 'training', 'validation'"),
+    (dict(mean="red"), "mean='red': expected one number or three"),
+    (dict(std="0.2,0.2,0"), "std='0.2,0.2,0': expected one number or three.*above 0"),
     (dict(method="magic"), "method='magic': expected one of 'rasa'"),
     (dict(method="closed_form"), "'closed_form' is now 'rasa'"),
     (dict(checkpoint="/no/file"), "checkpoint='/no/file': no such file"),
@@ -315,7 +321,7 @@ def test_missing_weights_are_told_within_seconds(tmp_path, monkeypatch):
 def test_missing_data_says_where_and_how(tmp_path, deit_file):
     config = Config(model="deit_tiny_patch16_224", checkpoint=str(deit_file), data_dir=str(tmp_path),
                     download=False, out_dir=str(tmp_path / "runs"))
-    with pytest.raises(FileNotFoundError, match="no Pascal VOC at .*download=True"): train(config)
+    with pytest.raises(FileNotFoundError, match="(?s)no images of voc-train below .*download=True"): train(config)
     assert not (tmp_path / "runs").exists()
 
 
@@ -325,6 +331,75 @@ def test_real_weights_on_real_photographs(tmp_path, deit_file, voc_root):
     run = train(config, progress=False)
     assert run.result.protocol.image_size == 224 and set(run.result.absent) >= {"train"}
     assert run.r2.mean["before"] > run.r2.mean["after"]
+
+
+@pytest.fixture(scope="module")
+def shared_data():
+    if not (shared / "data" / "ade20k").is_dir(): pytest.skip(f"no ADE20K at {shared / 'data'}")
+    return shared / "data"
+
+
+@pytest.mark.parametrize("data, folder, k, images, whole", [
+    ("ade20k", "ade20k", 150, 3, 2000), ("coco_stuff27", "coco_stuff164k", 27, 8, 5000)])
+def test_learned_on_photographs_of_voc_and_scored_on_others(tmp_path, voc_root, shared_data, data, folder, k, images, whole):
+    "Record and page name both datasets, how many images there were, and of how many; so does the report."
+    places = dict(data_root=str(shared_data / folder), data_dir=str(voc_root), out_dir=str(tmp_path))
+    config = Config(data=data, learn_data="voc", n_images=16, image_size=96, k=k, seeds=1,
+                    method="position_mean", **places)
+    run = train(config, progress=False)
+    folder = save_run(run)
+    assert folder.name == f"tiny-{data}-from-voc-position_mean"
+    record = json.loads((folder / "run.json").read_text())
+    assert (record["learned"]["name"], record["learned"]["images"], record["learned"]["of"]) == ("voc-train", 16, 1464)
+    assert (record["data"]["images"], record["data"]["of"]) == (images, whole)
+    page = repr(run)
+    for said in ("learned on voc-train (16 of 1,464 images)", f"({images} of {whole:,} images)",
+                 "no score here is the official number"): assert said in page
+    assert ("too few for it" in page) == (images < 4)
+    setting, = Report.read(tmp_path).settings
+    assert setting.learned_elsewhere == "voc-train" and f"part of the split: {images} of {whole} images" in setting.marks
+
+
+def test_other_tasks_stand_in_the_record_and_in_the_report(tmp_path):
+    config = Config(n_images=16, k=12, seeds=1, method="position_mean", tasks="overcluster,in_context", out_dir=str(tmp_path))
+    run = train(config, progress=False)
+    told = json.loads((save_run(run) / "run.json").read_text())["tasks"]
+    assert {row["task"] for row in told["scores"]} == {"in_context"} and told["controls"]
+    report = Report.read(tmp_path)
+    table = report.settings[0].tasks
+    score = run.others.frame.query("encoder == 'after'").score.mean()
+    assert f"{score:.1f}" in table.after[0] and "best control" in report.to_markdown() and "in context" in repr(run)
+
+
+@pytest.mark.parametrize("tasks, why", [("linear", "'overcluster' is missing"), ("overcluster,depth", "'depth' is no task")])
+def test_tasks_that_are_none(tasks, why):
+    with pytest.raises(ValueError, match=why): Config(tasks=tasks)
+
+
+def test_a_folder_of_photographs_can_be_learned_from(tmp_path, image_folders, voc_tree):
+    "And another split than the official one."
+    learn, score = module.open_data(Config(data="voc", learn_data=str(image_folders / "images"),
+                                           data_dir=str(voc_tree), split="train"))
+    assert (learn.name, len(learn), score.name) == ("images", 3, "voc-train")
+    other, _ = module.open_data(Config(data="voc", data_root=str(voc_tree), learn_split="val"))
+    assert (other.name, other[0][1]) == ("voc-val", None)   # no masks, and found in data_root
+
+
+def test_names_keep_their_meaning():
+    "The official splits of one dataset, as before there were others."
+    learn, score = module.open_data(Config())
+    assert (learn.name, score.name, Config().both, Config(model="vits").both) == ("scenes-train", "scenes-val", "scenes", "voc")
+
+
+def test_which_weights_of_a_file_and_which_mean_reach_the_encoder(tmp_path, tiny):
+    raw, average = tiny.model.state_dict(), {name: value + 1 for name, value in tiny.model.state_dict().items()}
+    torch.save(dict(model=raw, model_ema=average), tmp_path / "both.pth")
+    def of(**parameters): return Config(checkpoint=str(tmp_path / "both.pth"), device="cpu", **parameters).load_encoder()
+    chosen = {weights: of(weights=weights, mean="0.1,0.2,0.3", std=.5) for weights in ("ema", "raw")}
+    name, value = next(iter(raw.items()))
+    assert torch.equal(chosen["raw"].model.state_dict()[name], value)
+    assert torch.equal(chosen["ema"].model.state_dict()[name], value + 1)
+    assert torch.allclose(chosen["raw"].mean.flatten().cpu(), torch.tensor([.1, .2, .3]))
 
 
 def test_an_interrupted_fit_goes_on_from_its_sums(tmp_path, monkeypatch):
