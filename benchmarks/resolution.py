@@ -20,6 +20,7 @@ Prints Markdown. Real weights and data lie beside the project, see cases.py.
 """
 import argparse
 import json
+import shlex
 import sys
 import time
 from dataclasses import dataclass
@@ -116,20 +117,20 @@ def voc(make, base, sizes, trained, steps, n, root, images, asked):
 
 
 def water(root, n, steps):
-    folder, n = root / "data" / "s2_water", n or 60
+    folder, n = root / "data" / "s2_water", n or 48
     learn, score = (partial(WaterAt, folder, half, n) for half in (0, 1))
     train = WaterAt(folder, 0, 200, 192)
     encoder, sizes = any_size(_galileo(root)), (144, 192)
-    return Case(encoder, learn, score, 96, sizes, train, sizes, steps or 60, "tiled")
+    return Case(encoder, learn, score, 96, sizes, train, sizes, steps or 40, "tiled")
 
 
 CASES = {
     "tiny": scenes,
-    "mae_cifar on VOC": partial(voc, _mae_cifar, 48, (72, 96, 144), (72, 96, 144), 100, 80),
+    "mae_cifar on VOC": partial(voc, _mae_cifar, 48, (72, 96, 144), (72, 96, 144), 80, 60),
     "galileo on water": water,
-    "deit on VOC": partial(voc, _deit, 224, (336,), (336,), 20, 24),
+    "deit on VOC": partial(voc, _deit, 224, (336,), (336,), 16, 20),
     "galileo on VOC": partial(voc, _galileo, 96, (144, 192, 288), (144, 192), 60, 60),
-    "deit on VOC, 448 px": partial(voc, _deit, 224, (336, 448), (336,), 20, 24)}
+    "deit on VOC, 448 px": partial(voc, _deit, 224, (336, 448), (336,), 16, 20)}
 USUAL = list(CASES)[:4]    # others by name: photographs that an encoder knows nothing of, and enlarged ones
 
 
@@ -237,15 +238,16 @@ def arguments():
 def main():
     args = arguments()
     record = load(args.out)
-    record.setdefault("command", "python benchmarks/resolution.py " + " ".join(sys.argv[1:]))
+    command = shlex.join(["python", "benchmarks/resolution.py", *sys.argv[1:]])
     for part in [part for part in args.parts if part in PARTS]:
         for name in args.cases:
             of = record.setdefault("cases", {}).setdefault(name, {})
             if part in of: continue
             start, folder = time.process_time(), args.folder / name.replace(" ", "_")
             folder.mkdir(parents=True, exist_ok=True)
-            case = CASES[name](args.shared, args.images, args.steps)
-            of[part] = PARTS[part](case, folder) | dict(cpu_seconds=round(time.process_time() - start))
+            told = PARTS[part](CASES[name](args.shared, args.images, args.steps), folder)
+            about = dict(command=command, cpu_seconds=round(time.process_time() - start))
+            of[part] = told | about
             save(args.out, json.loads(json.dumps(record, default=str)))
             print(f"{name}: {part} done, {of[part]['cpu_seconds']} s", flush=True)
     if "cost" in args.parts and "cost" not in record:
