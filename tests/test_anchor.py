@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.multiprocessing import start_processes
 
-from rasa_nb import anchored
+from rasa_nb import anchored, resolution
 from rasa_nb.anchoring import (ANCHORING, GramAnchor, Training, anchor_batches, anchor_losses, learning_blocks, make_learn, merged_model,
                                tokens_and_prefix, with_model)
 from rasa_nb.deploy import fold
 from rasa_nb.encoders import from_timm, load_encoder
+from rasa_nb.matching import LEOPART
 from rasa_nb.patch_encoder import PatchEncoder
 from rasa_nb.rasa import PositionMean
 from rasa_nb.reading import Reading
@@ -217,7 +218,9 @@ def test_two_processes_have_the_gradients_of_one_and_learn_the_same(small, image
 # A whole run
 
 
-def test_a_run_leaves_a_model_that_loads_where_the_old_one_did(tmp_path, capsys):
+def test_a_run_leaves_a_model_that_loads_where_the_old_one_did(tmp_path, capsys, monkeypatch):
+    few = dict(clusters=LEOPART.replace(n_init=1, max_iter=5, draws=10), position_seeds=(1,))
+    monkeypatch.setattr(resolution, "RESOLUTION", resolution.RESOLUTION.replace(**few))
     small = "--image_size 32 --sizes 48 --n_images 30 --steps 2 --images_per_step 4 --k 12 --seeds 1".split()
     anchored.main([*small, "--out_dir", str(tmp_path), "--run_name", "r"])
     folder, record = tmp_path / "r", json.loads((tmp_path / "r" / "run.json").read_text())
