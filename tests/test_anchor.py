@@ -15,11 +15,13 @@ from rasa_nb.anchoring import (ANCHORING, GramAnchor, Training, anchor_batches, 
                                tokens_and_prefix, with_model)
 from rasa_nb.deploy import fold
 from rasa_nb.encoders import from_timm, load_encoder
+from rasa_nb.linear import STORED_LINEAR
 from rasa_nb.matching import LEOPART
 from rasa_nb.patch_encoder import PatchEncoder
 from rasa_nb.rasa import PositionMean
 from rasa_nb.reading import Reading
 from rasa_nb.resolution import Tiled, gram_loss, resize_tokens
+from rasa_nb.retrieval import UPRIGHT
 from rasa_nb.scenes import Scenes
 
 from toy_vits import of_timm, of_transformers
@@ -219,7 +221,8 @@ def test_two_processes_have_the_gradients_of_one_and_learn_the_same(small, image
 
 
 def test_a_run_leaves_a_model_that_loads_where_the_old_one_did(tmp_path, capsys, monkeypatch):
-    few = dict(clusters=LEOPART.replace(n_init=1, max_iter=5, draws=10), position_seeds=(1,))
+    few = dict(clusters=LEOPART.replace(n_init=1, max_iter=5, draws=10), position_seeds=(1,),
+               linear=STORED_LINEAR.replace(draws=10), context=UPRIGHT.replace(memory=300, seeds=(0,), draws=10))
     monkeypatch.setattr(resolution, "RESOLUTION", resolution.RESOLUTION.replace(**few))
     small = "--image_size 32 --sizes 48 --n_images 30 --steps 2 --images_per_step 4 --k 12 --seeds 1".split()
     anchored.main([*small, "--out_dir", str(tmp_path), "--run_name", "r"])
