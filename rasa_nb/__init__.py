@@ -17,6 +17,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs=dict(
     baselines=["LEACE", "BlankSVD", "MeanThenRASA", "RemovePCA", "ShiftAverage"],
     matching=["LEOPART"],
     segmentation=["overcluster"],
+    resolution=["resolution_curve"],
+    anchoring=["GramAnchor"],
     own_shape=["overcluster_own_shape"],
     visualize=["cluster_maps", "pca_maps", "position_maps", "shift_test", "similarity_maps"],
     explorer=["explore"],
