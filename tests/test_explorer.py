@@ -313,7 +313,7 @@ def test_the_files_of_the_widget_are_in_a_built_package(tmp_path):
     shutil.copytree(root / "rasa_nb", tmp_path / "rasa_nb")
     subprocess.run([sys.executable, "setup.py", "-q", "build"], cwd=tmp_path, check=True, capture_output=True)
     built = tmp_path / "build" / "lib" / "rasa_nb" / "static"
-    assert {p.name for p in built.iterdir()} == {"explorer.js", "explorer.css"}
+    assert {p.name for p in built.iterdir()} == {"explorer.js", "explorer.css", "published.json"}
 
 
 # The picture

@@ -246,7 +246,7 @@ def test_a_run_on_other_data_is_made_beside_the_one_that_is_there(sweep_of, tmp_
 
 def test_a_run_with_other_weights_under_the_old_name_is_made_beside(sweep_of, tmp_path, voc_tree, monkeypatch, tiny):
     weights = ["one"]
-    monkeypatch.setattr("rasa_nb.run._hash_of_weights", lambda model, checkpoint, stamps: weights[-1])
+    monkeypatch.setattr("rasa_nb.run._hash_of_weights", lambda asked, stamps: weights[-1])
     def made(): return sweep_of(model="owner/name", data_dir=str(voc_tree))
     [(first, _)], _ = made()
     weights.append("another")
@@ -277,7 +277,7 @@ def test_a_run_that_another_sweep_made_of_other_data_meanwhile_is_not_taken(swee
 def test_data_that_are_not_there_are_no_finished_run(sweep_of, tmp_path, voc_tree):
     sweep_of(data_dir=str(voc_tree))
     [(_, outcome)], why = sweep_of(data_dir=str(tmp_path / "mistyped"))
-    assert outcome == "failed" and "no Pascal VOC at" in why
+    assert outcome == "failed" and "no images of voc-train below" in why
 
 
 def test_models_of_any_name_have_folders_of_their_own(tmp_path):

@@ -65,6 +65,7 @@ def blocks(values): return values.repeat_interleave(8, -2).repeat_interleave(8, 
 
 @pytest.fixture(autouse=True)
 def no_open_figures():
+    plt.close("all")    # those of other tests
     yield
     assert not plt.get_fignums(), "a function left a figure open, which a notebook would show twice"
 
