@@ -3,7 +3,7 @@
     python benchmarks/two_spaces.py --mae runs/mae/tiny.safetensors
 
 Each patch asks for its ten nearest by cosine: in its own image, in its own image but four cells or more away
-(where the place is no help), and in other images. The score is the share of them that have its class, in
+(where the place is no help), and in other images (of other scenes). The score is the share of them that have its class, in
 percent, mean over images; beside it stands the share among the patches that are nearest *in place*. Patches of
 void are left out, and images of a single class. Heads are those that benchmarks/methods.py fitted. Writes
 results/two_spaces.json, case by case, and prints Markdown.
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from rasa_nb.dense import patch_classes
 from rasa_nb.reading import Evaluation, Reading, Transformed
 from rasa_nb.store import atomic
+from rasa_nb.yardstick import number_groups
 
 from cases import CASES, SHARED, open_case
 from methods import fitted, load, rounded
@@ -52,11 +53,12 @@ def agreement(likeness, classes, others, allowed):
 def scores(encoder, data, size, pool=40):
     "Percent by the kind of neighbors, mean over images of two classes or more."
     z, classes, places = tokens_and_classes(encoder, data, size)
+    groups = torch.as_tensor(number_groups(getattr(data, "groups", None), len(data)))
     apart = torch.cdist(places, places)
     generator, rows = torch.Generator().manual_seed(0), []
     for i in [i for i in range(len(z)) if len(set(classes[i].tolist()) - {-1}) > 1]:
-        others = torch.randperm(len(z), generator=generator)[:pool]
-        others = others[others != i]
+        others = torch.randperm(len(z), generator=generator)
+        others = others[groups[others] != groups[i]][:pool]
         own = z[i] @ z[i].T
         across = z[i] @ z[others].flatten(0, 1).T
         all_of_them = torch.ones(across.shape, dtype=torch.bool)
