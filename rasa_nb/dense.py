@@ -10,8 +10,7 @@ __all__ = ['CONTROLS', 'NEAR', 'patch_classes', 'predicted_pixels', 'count_score
 
 # %% ../nbs/02hb_dense.ipynb #f609ef43
 import hashlib, json, math, os
-from dataclasses import asdict, dataclass, field, fields, replace
-from html import escape
+from dataclasses import asdict, dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
 
@@ -25,18 +24,18 @@ from scipy.sparse import csr_array
 from torch.utils.data import Subset
 
 # %% ../nbs/02hb_dense.ipynb #c2acc69f
-from .data import as_data
+from .data import as_data, how_many
 from .reading import Evaluation, Reading, Transformed, batches
 from .patch_encoder import check_image_size
 from .store import (data_source, fingerprint, read_safetensors, token_store, write_safetensors,
-                           write_tokens, write_whole)
+                           write_tokens)
 from .moments import this_process
 from .head import encode_together, unwrap
 from .kmeans import images_per_chunk
 from .matching import class_iou, paired_interval
 from .yardstick import Counts, bootstrap_interval, common_classes, count_images, draw_images
-from .segmentation import (Share, change_text, draw_maps, drawing, gather, mean_and_std, new_axes,
-                                  without_nan)
+from .segmentation import (Scored, Share, change_text, draw_maps, drawing, gather, mean_and_std,
+                                  new_axes, protocol_text, without_nan)
 
 # %% ../nbs/02hb_dense.ipynb #33222fa3
 def patch_classes(
@@ -145,7 +144,7 @@ def run_controls(
 NEAR = 3.   # points of mIoU: a score that is less above a control stands near it
 
 @dataclass(frozen=True, eq=False, repr=False)
-class DenseResult:
+class DenseResult(Scored):
     "Counts and scores of every encoder, setting and seed of a task, beside its controls."
     task: str             # such as "linear segmentation"
     knob: str             # what a setting is, and the column of it, such as "probe" or "memory"
@@ -161,19 +160,12 @@ class DenseResult:
     groups: np.ndarray = None  # number of the group of each image [n]; None: each is its own
     kept: dict = field(default_factory=dict)       # what was computed once
 
-    def __repr__(self): return "\n".join([self.caption, str(self.table.round(2)), *self.notes])
-
     def __getitem__(self, key):
         "Returns the run of `(encoder, setting, seed)`."
         found = [r for r in self.runs if (r.encoder, r.setting, r.seed) == tuple(key)]
         if found: return found[0]
         raise KeyError(f"no run {key}: encoders {self.encoders}, {self.knob} {self.settings}, "
                        f"seeds {sorted({run.seed for run in self.runs})}")
-
-    def keep(self, name, make):
-        "Returns what `make` gave the first time."
-        if name not in self.kept: self.kept[name] = make()
-        return self.kept[name]
 
 # %% ../nbs/02hb_dense.ipynb #d5927f15
 @patch(as_prop=True)
@@ -370,25 +362,13 @@ def _told(self:DenseResult, name, setting):
 @patch(as_prop=True)
 def caption(self:DenseResult) -> str:
     "What was scored, how many images of it, what was learned from, and every knob of the protocol as run."
-    knobs = {f.name: getattr(self.protocol, f.name) for f in fields(self.protocol) if f.name != "name"}
-    if self.native_size: knobs["image_size"] = f"{knobs.get('image_size')} (the data's own)"
-    said = ", ".join(f"{name}={value}" for name, value in knobs.items())
+    own = dict(image_size=f"{self.protocol.image_size} (the data's own)") if self.native_size else {}
     absent = f" Absent from the split and left out: {', '.join(self.absent)}." if self.absent else ""
     changes = (" Changes: 95 % intervals over seeds, if there are several, and then over images "
                f"({self.protocol.draws} draws).") if len(self.encoders) > 1 else ""
     return (f"{self.task[0].upper()}{self.task[1:]}: mIoU (%), mean ± std over seeds. {self.data['name']}, "
-            f"{self.data['images']} images; learned on {self.learned['images']} of {self.learned['name']}."
-            f"{changes} Protocol {self.protocol.name}: {said}.{absent}")
-
-@patch
-def to_markdown(self:DenseResult) -> str:
-    "Returns caption, summary and notes as Markdown."
-    return "\n\n".join([self.caption, self.summary.to_markdown(index=False), *self.notes])
-
-@patch
-def _repr_html_(self:DenseResult):
-    table = self.summary.style.set_caption(self.caption).set_uuid("scores").hide(axis="index").to_html()
-    return table + "".join(f"<p>{escape(note)}</p>" for note in self.notes)
+            f"{how_many(self.data)}; learned on {self.learned['name']}, {how_many(self.learned)}."
+            f"{changes} {protocol_text(self.protocol, **own)}.{absent}")
 
 # %% ../nbs/02hb_dense.ipynb #e0a3c231
 @patch
@@ -402,13 +382,6 @@ def to_dict(self:DenseResult) -> dict:
     plain = without_nan(dict(scores=scores, **rows))
     sources = dict(protocol=asdict(self.protocol), data=self.data, learned=self.learned)
     return dict(task=self.task, knob=self.knob, **plain, notes=self.notes, **sources, **about)
-
-@patch
-def save(self:DenseResult,
-    path,    # of the file
-):
-    "Writes `to_dict` as JSON, whole or not at all."
-    write_whole(path, json.dumps(self.to_dict(), indent=1))
 
 # %% ../nbs/02hb_dense.ipynb #491be211
 @patch

@@ -10,8 +10,7 @@ __all__ = ['VIEWS', 'COPIED', 'CHANCE', 'NEAREST', 'INSID3', 'correspondence', '
 
 # %% ../nbs/02jb_keypoints.ipynb #kp0002
 import json
-from dataclasses import asdict, dataclass, field, fields, replace
-from html import escape
+from dataclasses import asdict, dataclass, field, replace
 from itertools import permutations
 from pathlib import Path
 
@@ -28,10 +27,9 @@ from .data import Around, ImageFiles, as_data
 from .augment import height_width
 from .reading import Reading
 from .patch_encoder import check_image_size
-from .store import write_whole
 from .head import encode_together, unwrap
 from .yardstick import bootstrap_interval, draw_images
-from .segmentation import drawing, new_axes, without_nan
+from .segmentation import Scored, drawing, new_axes, protocol_text, without_nan
 from .dense import NEAR
 from .retrieval import whole_patches
 
@@ -373,20 +371,14 @@ def copied_places(pairs, sizes) -> np.ndarray:
 
 # %% ../nbs/02jb_keypoints.ipynb #kp0051
 @dataclass(frozen=True, eq=False, repr=False)
-class CorrespondenceResult:
+class CorrespondenceResult(Scored):
     "Where the points of all pairs were found, and what that scores, beside position alone and chance."
     places: dict       # (encoder, view) -> found places [points, 2], in pixels of the target's view
     pairs: object      # `KeypointPairs`
     sizes: dict        # image -> (height, width)
     protocol: object   # a `PointMatching`, as run
     kept: dict = field(default_factory=dict)   # what was computed once
-
-    def __repr__(self): return "\n".join([self.caption, str(self.table.round(2)), *self.notes])
-
-    def keep(self, name, make):
-        "Returns what `make` gave the first time."
-        if name not in self.kept: self.kept[name] = make()
-        return self.kept[name]
+    html_id = "pck"
 
     @property
     def encoders(self):
@@ -587,23 +579,11 @@ def _change_text(row):
 @patch(as_prop=True)
 def caption(self:CorrespondenceResult) -> str:
     "What was matched, and every knob of the protocol as run."
-    knobs = {f.name: getattr(self.protocol, f.name) for f in fields(self.protocol) if f.name != "name"}
-    said = ", ".join(f"{name}={value}" for name, value in knobs.items())
     changes = (f" Changes: 95 % intervals over pairs, and then over images ({self.protocol.draws} draws)."
                if len(self.encoders) > 1 else "")
     return (f"Correspondence: PCK per image (%). {self.pairs.name}, {len(self.pairs)} pairs of "
             f"{len(self.pairs.used)} images, {len(self.pair_of)} points.{changes} "
-            f"Protocol {self.protocol.name}: {said}.")
-
-@patch
-def to_markdown(self:CorrespondenceResult) -> str:
-    "Returns caption, summary and notes as Markdown."
-    return "\n\n".join([self.caption, self.summary.to_markdown(index=False), *self.notes])
-
-@patch
-def _repr_html_(self:CorrespondenceResult):
-    table = self.summary.style.set_caption(self.caption).set_uuid("pck").hide(axis="index").to_html()
-    return table + "".join(f"<p>{escape(note)}</p>" for note in self.notes)
+            f"{protocol_text(self.protocol)}.")
 
 # %% ../nbs/02jb_keypoints.ipynb #kp0063
 @patch
@@ -614,13 +594,6 @@ def to_dict(self:CorrespondenceResult) -> dict:
     counts = dict(pairs=len(self.pairs), images=len(self.pairs.used), points=len(self.pair_of))
     data = dict(name=self.pairs.name, **counts)
     return dict(task="correspondence", **plain, notes=self.notes, protocol=asdict(self.protocol), data=data)
-
-@patch
-def save(self:CorrespondenceResult,
-    path,    # of the file
-):
-    "Writes `to_dict` as JSON, whole or not at all."
-    write_whole(path, json.dumps(self.to_dict(), indent=1))
 
 # %% ../nbs/02jb_keypoints.ipynb #kp0066
 @patch

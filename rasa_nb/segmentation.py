@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['STORES', 'CELLS', 'overcluster', 'settle_library', 'estimate_memory', 'choose_store', 'Run', 'count_maps',
            'label_maps', 'Share', 'gather', 'each_centers', 'cluster_runs', 'whole_run', 'name_cells', 'cell_runs',
-           'Encoded', 'encode_split', 'run_files', 'write_run', 'read_run', 'read_runs', 'make_runs',
-           'OverclusterResult', 'mean_and_std', 'change_text', 'without_nan', 'drawing', 'new_axes', 'class_colors',
-           'draw_maps', 'color_legend', 'overcluster_tokens']
+           'Encoded', 'encode_split', 'run_files', 'write_run', 'read_run', 'read_runs', 'make_runs', 'Scored',
+           'protocol_text', 'OverclusterResult', 'mean_and_std', 'change_text', 'without_nan', 'drawing', 'new_axes',
+           'class_colors', 'draw_maps', 'color_legend', 'overcluster_tokens']
 
 # %% ../nbs/02h_segmentation.ipynb #i001
 import hashlib, html, json, math, os, tempfile, textwrap, zipfile
@@ -28,7 +28,7 @@ from torch.utils.data import Subset
 from .data import as_data, how_many
 from .reading import Evaluation, Reading, Transformed, progress_bar
 from .patch_encoder import check_image_size
-from .store import atomic, check_folder, data_source, fingerprint, token_store
+from .store import atomic, check_folder, data_source, fingerprint, token_store, write_whole
 from .moments import Moments, this_process
 from .head import encode_together, unwrap
 from .kmeans import (draw_points, images_per_chunk, kmeans_centers, nearest_centers, new_moments,
@@ -442,9 +442,44 @@ def _each_run(encoders, unwrapped, encoded, masks, files, protocol, labels, exam
         ks = [k for k, _ in wanted(name)]
         yield from cell_runs(name, grid, masks, ks, protocol, *labels)
 
+# %% ../nbs/02h_segmentation.ipynb #v0000001
+class Scored:
+    "What the results of tasks share; each has `kept`, `table`, `summary`, `caption`, `notes` and `to_dict`."
+    html_id = "scores"    # of its table in a page
+
+    def __repr__(self): return "\n".join([self.caption, str(self.table.round(2)), *self.notes])
+
+    def keep(self, name, make):
+        "Returns what `make` gave the first time."
+        if name not in self.kept: self.kept[name] = make()
+        return self.kept[name]
+
+    def to_markdown(self) -> str:
+        "Returns caption, summary and notes as Markdown."
+        return "\n\n".join([self.caption, self.summary.to_markdown(index=False), *self.notes])
+
+    def _repr_html_(self):
+        styled = self.summary.style.set_caption(self.caption).set_uuid(self.html_id).hide(axis="index")
+        return styled.to_html() + "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
+
+    def save(self,
+        path,    # of the file
+    ):
+        "Writes `to_dict` as JSON, whole or not at all."
+        write_whole(path, json.dumps(self.to_dict()))
+
+def protocol_text(
+    protocol,           # a frozen dataclass with a `name`
+    without=("name",),  # knobs that are not told
+    **instead,          # what is told in place of a knob's value
+) -> str:
+    "Returns a protocol's name and its knobs as text."
+    knobs = {f.name: getattr(protocol, f.name) for f in fields(protocol) if f.name not in without} | instead
+    return f"Protocol {protocol.name}: {', '.join(f'{name}={value}' for name, value in knobs.items())}"
+
 # %% ../nbs/02h_segmentation.ipynb #c008
 @dataclass(frozen=True, eq=False, repr=False)
-class OverclusterResult:
+class OverclusterResult(Scored):
     "Counts and scores of every encoder, k and seed under one protocol."
     runs: list            # of `Run`
     protocol: Protocol    # as run: with the image size, library, k and seeds that were used
@@ -456,18 +491,11 @@ class OverclusterResult:
     groups: np.ndarray = None   # number of the group of each image [n]; None: each is its own
     kept: dict = field(default_factory=dict)    # what was computed once
 
-    def __repr__(self): return "\n".join([self.caption, str(self.table.round(2)), *self.notes])
-
     def __getitem__(self, key):
         "Returns the run of `(encoder, k, seed)`."
         found = [r for r in self.runs if (r.encoder, r.k, r.seed) == tuple(key)]
         if found: return found[0]
         raise KeyError(f"no run {key}: encoders {self.encoders}, k {self.ks}, seeds {self.protocol.seeds}")
-
-    def keep(self, name, make):
-        "Returns what `make` gave the first time."
-        if name not in self.kept: self.kept[name] = make()
-        return self.kept[name]
 
 # %% ../nbs/02h_segmentation.ipynb #54813144
 @patch(as_prop=True)
@@ -742,12 +770,10 @@ def change_text(
 @patch(as_prop=True)
 def caption(self:OverclusterResult) -> str:
     "What was scored, how many images of it, what the columns are, and every knob of the protocol as run."
-    knobs = {f.name: getattr(self.protocol, f.name) for f in fields(Protocol)[1:] if f.name != "k"}
-    if self.native_size: knobs["image_size"] = f"{self.protocol.image_size} (the data's own)"
-    said = ", ".join(f"{name}={value}" for name, value in knobs.items())
+    own = dict(image_size=f"{self.protocol.image_size} (the data's own)") if self.native_size else {}
     absent = f" Absent from the split and left out: {', '.join(self.absent)}." if self.absent else ""
     return (f"mIoU (%), mean ± std over seeds. {self.data['name']}, {how_many(self.data)}."
-            f"{self._columns} Protocol {self.protocol.name}: {said}.{absent}")
+            f"{self._columns} {protocol_text(self.protocol, ('name', 'k'), **own)}.{absent}")
 
 @patch(as_prop=True)
 def _columns(self:OverclusterResult):
@@ -762,16 +788,6 @@ def _columns(self:OverclusterResult):
     rare = [self.classes[i] for i in self.class_set() if self.classes[i] not in common]
     if rare: said += f" Common: without {', '.join(rare)}, which fewer than five images show."
     return said
-
-@patch
-def to_markdown(self:OverclusterResult) -> str:
-    "Returns caption, summary and notes as Markdown."
-    return "\n\n".join([self.caption, self.summary.to_markdown(index=False), *self.notes])
-
-@patch
-def _repr_html_(self:OverclusterResult):
-    table = self.summary.style.set_caption(self.caption).set_uuid("scores").hide(axis="index").to_html()
-    return table + "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
 
 # %% ../nbs/02h_segmentation.ipynb #6d09c620
 @patch

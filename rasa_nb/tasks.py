@@ -6,21 +6,21 @@
 __all__ = ['TASKS', 'PROTOCOLS', 'evaluate', 'TaskTable', 'beyond_chance']
 
 # %% ../nbs/02jc_tasks.ipynb #ad9a5fa6
-import json, tempfile
+import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from html import escape
 
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
 # %% ../nbs/02jc_tasks.ipynb #e4c82c1b
+from .data import how_many
 from .reading import Reading
-from .store import SharedTokens, check_folder, write_whole
+from .store import SharedTokens, check_folder
 from .head import DebiasedEncoder, unwrap
 from .matching import LEOPART
-from .segmentation import CELLS, drawing, new_axes, overcluster, without_nan
+from .segmentation import CELLS, Scored, drawing, new_axes, overcluster, without_nan
 from .dense import NEAR, TokenShelf, prepare_task
 from .linear import STORED_LINEAR, linear_segmentation
 from .retrieval import UPRIGHT, in_context
@@ -102,18 +102,14 @@ def _again(encoder, base):
 
 # %% ../nbs/02jc_tasks.ipynb #083f04e9
 @dataclass(frozen=True, eq=False, repr=False)
-class TaskTable:
+class TaskTable(Scored):
     "The results of several tasks on the same encoders."
     results: dict    # task -> its result, with tables of its own
     kept: dict = field(default_factory=dict)    # what was computed once
+    html_id = "tasks"
 
     def __getitem__(self, task): return self.results[task]
     def __repr__(self): return "\n".join([self.caption, self.summary.to_string(index=False), *self.notes])
-
-    def keep(self, name, make):
-        "Returns what `make` gave the first time."
-        if name not in self.kept: self.kept[name] = make()
-        return self.kept[name]
 
     @property
     def encoders(self):
@@ -243,7 +239,7 @@ def beyond_chance(
 def caption(self:TaskTable) -> str:
     "What was scored, and how to read the table; the protocols stand with each task's own table."
     about = [result.data for result in self.results.values() if hasattr(result, "data")]
-    said = f" {about[0]['name']}, {about[0]['images']} images." if about else ""
+    said = f" {about[0]['name']}, {how_many(about[0])}." if about else ""
     return (f"Scores in percent, means over seeds, and changes against {self.encoders[0]} in points.{said} "
             "*: all 95 % intervals of the change, over seeds and over images, exclude zero. "
             "[ ]: both stand near the best control, and the change means nothing.")
@@ -258,23 +254,11 @@ def to_markdown(self:TaskTable,
     return "\n\n".join(parts)
 
 @patch
-def _repr_html_(self:TaskTable):
-    table = self.summary.style.set_caption(self.caption).set_uuid("tasks").hide(axis="index").to_html()
-    return table + "".join(f"<p>{escape(note)}</p>" for note in self.notes)
-
-@patch
 def to_dict(self:TaskTable) -> dict:
     "Returns scores, changes, controls and notes of all tasks, and each task's own record; nan becomes None."
     tables = dict(scores=self.frame, change=self.change, controls=self.controls)
     plain = {name: without_nan(table.to_dict("records")) for name, table in tables.items()}
     return dict(**plain, notes=self.notes, tasks={task: r.to_dict() for task, r in self.results.items()})
-
-@patch
-def save(self:TaskTable,
-    path,    # of the file
-):
-    "Writes `to_dict` as JSON, whole or not at all."
-    write_whole(path, json.dumps(self.to_dict()))
 
 # %% ../nbs/02jc_tasks.ipynb #0c65fcce
 @patch

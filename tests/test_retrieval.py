@@ -289,3 +289,4 @@ def test_on_photographs_tokens_of_meaning_stand_above_the_controls(voc_root, dei
     train, val = (VOCSegmentation(voc_root, split).first(n) for split, n in (("train", 24), ("val", 6)))
     result = in_context(encoder, train, val, lenient, image_size=224, memory=1024)
     assert result.frame.miou.mean() > result.controls.miou.max() + 3
+    assert "6 of 1,449 images" in result.caption and "24 of 1,464 images" in result.caption
