@@ -284,6 +284,7 @@ class LabeledFiles(ImageFiles):
         if not masks or not self.masks: return told
         return f"{told} {hashlib.sha256(self.lookup.tobytes()).hexdigest()[:16]}"   # which classes
 
+# %% ../nbs/00b_datasets.ipynb #ba3b60c8
 @patch
 def labels(self:LabeledFiles,
     i:int,     # which item, for what an error says

@@ -446,6 +446,7 @@ def show_confusion(self:DenseResult,
     ax.set(xlabel="predicted class", ylabel="true class", title=f"{run.encoder}, {self.knob} {setting}")
     return fig
 
+# %% ../nbs/02hb_dense.ipynb #006530af
 @patch
 def show_maps(self:DenseResult,
     setting=None,    # None: the last

@@ -236,6 +236,7 @@ class Learner:
             dist.all_reduce(parameter.grad)
             parameter.grad /= world
 
+# %% ../nbs/02i_linear.ipynb #c2514999
 def step_seed(
     *numbers,    # of the training, the step, the process, each 0 or more
 ) -> int:
@@ -411,6 +412,7 @@ def _by_short_side(self:LinearCrops, image, mask):
     image, mask = (x[..., top:top + height, left:left + width] for x in (image, mask))
     return self._padded(image, mask)
 
+# %% ../nbs/02i_linear.ipynb #7896cadb
 def _short_side(shape, side):
     "Height and width with the short one as asked."
     short = min(shape)
@@ -545,6 +547,7 @@ class _ShortSide(InTwoSteps):
         shape = _short_side(image.shape[-2:], self.side)
         return v2.functional.resize(image, shape, antialias=True), mask, torch.empty(0)
 
+# %% ../nbs/02i_linear.ipynb #e1879ace
 def score_windows(
     encoders:dict,    # name -> encoder
     probes:dict,      # (name, setting, seed) -> probe: tokens to class scores

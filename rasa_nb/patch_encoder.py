@@ -214,6 +214,7 @@ def block_rows(
         for hook in hooks: hook.remove()
     return [seen[i] for i in layers]
 
+# %% ../nbs/01_patch_encoder.ipynb #b772aa67
 @torch.no_grad()
 def block_tokens(
     parts:Parts,

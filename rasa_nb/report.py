@@ -45,6 +45,7 @@ def read_runs(
         left_out.setdefault(path.name.removesuffix(".failed.json"), f"failed: {_json(path).get('why')}")
     return RunRecords(records, left_out)
 
+# %% ../nbs/04_report.ipynb #befba2ab
 def _records_at(path):
     "The record at a path of the folder, as a list of one or none."
     if path.name.startswith(".unfinished-"):
@@ -159,6 +160,7 @@ class Setting:
         means = [r["position_r2"]["mean"] for r in self.records]
         return {name: float(np.mean([m[name] for m in means])) for name in ("before", "after")}
 
+# %% ../nbs/04_report.ipynb #d23cac77
 def _dataset(name): return name.rpartition("-")[0] or name
 
 # %% ../nbs/04_report.ipynb #c018

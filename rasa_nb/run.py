@@ -95,6 +95,7 @@ def classes(self:Config):
 def pixels(self:Config):
     return self.image_size or (96 if self.dataset == "scenes" else rasa_nb.LEOPART.image_size)
 
+# %% ../nbs/02o_run.ipynb #1b0e6f60
 @patch(as_prop=True)
 def more_tasks(self:Config):
     "Names of the tasks beside overclustering, in order."
@@ -422,6 +423,7 @@ class Fitted:
         notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
         return f"<p>{self.title}</p>{self.table.to_html(border=0)}{notes}"
 
+# %% ../nbs/02o_run.ipynb #7d5b7327
 @patch(as_prop=True)
 def table(self:Fitted):
     "Position R² before and after, the mean of row and column."
@@ -509,6 +511,7 @@ def score_run(
     fitted.stages.say(run)
     return run
 
+# %% ../nbs/02o_run.ipynb #73f142be
 def _overcluster(fitted, progress):
     config, kept = fitted.config, None
     def ask(encoders):

@@ -329,6 +329,7 @@ def run_sweep(
     if not (table.outcome == "failed").any(): shutil.rmtree(out / ".shared" / "tokens", ignore_errors=True)
     return table
 
+# %% ../nbs/03a_sweep.ipynb #e74cbe61
 def _check_out_dir(out):
     from rasa_nb.store import check_folder
     check_folder(out, "out_dir")

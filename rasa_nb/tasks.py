@@ -66,6 +66,7 @@ def evaluate(
                 results[task] = score(shared, train, val, given, shelf=shelf, **size, **rest)
     return TaskTable({task: results[task] for task in tasks})
 
+# %% ../nbs/02jc_tasks.ipynb #d233079f
 def _fails_first(task):
     "Tasks that refuse data which others take come first, so that nothing is computed in vain."
     return ("linear", "in_context", "correspondence", "overcluster").index(task)
