@@ -1,6 +1,6 @@
 """Position, scores and tokens at larger images, before and after gram anchoring, beside plain controls.
 
-    python benchmarks/resolution.py
+    python benchmarks/resolution.py                                   # minutes on a GPU, hours on a CPU
     python benchmarks/resolution.py --cases "mae_cifar on VOC" --images 24 --steps 10 --folder quick \\
         --out quick.json
 
@@ -16,18 +16,20 @@ kept in --folder. The parts of a case:
              "tiled": nothing trained, overlapping windows of the base size
     cost     seconds and floating-point operations of a training step of ViT-S/16 and ViT-B/16, random weights
 
-Prints Markdown. Real weights and data lie beside the project, see cases.py.
+It runs on a GPU where there is one. Prints Markdown. Real weights and data lie beside the project, see cases.py.
 """
 import argparse
 import json
 import shlex
+import statistics
 import sys
 import time
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from rasa_nb.anchoring import ANCHORING, GramAnchor, Training
@@ -37,7 +39,7 @@ from rasa_nb.linear import STORED_LINEAR
 from rasa_nb.matching import LEOPART
 from rasa_nb.patch_encoder import ViTEncoder, timm_parts
 from rasa_nb.rasa import RASA
-from rasa_nb.reading import Reading
+from rasa_nb.reading import Reading, usable_cores
 from rasa_nb.resolution import RESOLUTION, ResolutionCurve, Tiled, gram_loss, resolution_curve
 from rasa_nb.retrieval import UPRIGHT
 from rasa_nb.scenes import Scenes
@@ -75,6 +77,22 @@ class WaterAt(SegmentationData):
     def load(self, i): return self.crops[i]
 
 
+class Held(SegmentationData):
+    "A dataset, read once and held in memory."
+    def __init__(self, data):
+        self.name, self.classes, self.ignore_index = data.name, data.classes, data.ignore_index
+        self.groups, self.native_size = data.groups, data.native_size
+        items = DataLoader(data, batch_size=None, num_workers=usable_cores())
+        self.items = [(image.clone(), mask.clone()) for image, mask in items]
+
+    def __len__(self): return len(self.items)
+    def load(self, i): return self.items[i]
+
+
+@cache
+def drawn_scenes(split, n, size): return Held(Scenes(split, n, size=size))
+
+
 @dataclass
 class Case:
     "An encoder, images for each size, and how far its training goes."
@@ -102,45 +120,43 @@ def even(data, n): return Part(data, range(0, len(data), max(1, len(data) // n))
 
 
 def scenes(root, n, steps):
-    n = n or 32
-    learn, score = partial(Scenes, "train", n), partial(Scenes, "val", n)
-    train = Scenes("train", 200, size=192)
-    return Case(load_encoder("tiny", device="cpu"), learn, score, 96, (144, 192), train, (144, 192),
-                steps or 40, "tiled")
+    n, sizes = n or 150, (144, 192, 288)
+    learn, score = partial(drawn_scenes, "train", n), partial(drawn_scenes, "val", n)
+    train = drawn_scenes("train", 2 * n, size=288)
+    return Case(load_encoder("tiny"), learn, score, 96, sizes, train, sizes, steps or 600, "tiled")
 
 
-def voc(make, base, sizes, trained, steps, n, root, images, asked):
-    train, val = (VOCSegmentation(root / "data", split) for split in ("train", "val"))
-    large = [i for i in range(len(train)) if min(train.load_image(i).shape[1:]) >= max(trained)]
-    learn, score = (even(data, images or n) for data in (train, val))
-    return Case(any_size(make(root)), learn, score, base, sizes, Part(train, large), trained, asked or steps)
+def voc(make, base, sizes, root, images, steps):
+    train, val = (Held(VOCSegmentation(root / "data", split)) for split in ("train", "val"))
+    large = [i for i in range(len(train)) if min(train.load_image(i).shape[1:]) >= max(sizes)]
+    learn, score = (even(data, images or len(data)) for data in (train, val))
+    return Case(any_size(make(root)), learn, score, base, sizes, Part(train, large), sizes, steps or 600)
 
 
 def water(root, n, steps):
-    folder, n = root / "data" / "s2_water", n or 48
-    learn, score = (partial(WaterAt, folder, half, n) for half in (0, 1))
-    train = WaterAt(folder, 0, 200, 192)
-    encoder, sizes = any_size(_galileo(root)), (144, 192)
-    return Case(encoder, learn, score, 96, sizes, train, sizes, steps or 40, "tiled")
+    folder, sizes = root / "data" / "s2_water", (144, 192, 288)
+    learn, score = (partial(WaterAt, folder, half, n or 150) for half in (0, 1))
+    train = WaterAt(folder, 0, 400, 288)
+    return Case(any_size(_galileo(root)), learn, score, 96, sizes, train, sizes, steps or 600, "tiled")
 
 
 CASES = {
     "tiny": scenes,
-    "mae_cifar on VOC": partial(voc, _mae_cifar, 48, (72, 96, 144), (72, 96, 144), 80, 60),
+    "mae_cifar on VOC": partial(voc, _mae_cifar, 48, (72, 96, 144)),
     "galileo on water": water,
-    "deit on VOC": partial(voc, _deit, 224, (336,), (336,), 16, 20),
-    "galileo on VOC": partial(voc, _galileo, 96, (144, 192, 288), (144, 192), 60, 60),
-    "deit on VOC, 448 px": partial(voc, _deit, 224, (336, 448), (336,), 16, 20)}
-USUAL = list(CASES)[:4]    # others by name: photographs that an encoder knows nothing of, and enlarged ones
+    "deit on VOC": partial(voc, _deit, 224, (336,)),
+    "galileo on VOC": partial(voc, _galileo, 96, (144, 192, 288)),
+    "deit on VOC, 448 px": partial(voc, _deit, 224, (336, 448))}
+USUAL = list(CASES)[:5]    # the last by name: photographs that are enlarged
 
 
 # What is compared
 
 
 def protocol_of(heads):
-    quick = dict(n_init=1, max_iter=20, points_per_centroid=100)
-    clusters = LEOPART.replace(k=(30,), seeds=(0, 1), **quick)
-    context = UPRIGHT.replace(memory=5120, seeds=(0, 1), unseen="score")
+    quick = dict(n_init=1, max_iter=30, points_per_centroid=100)
+    clusters = LEOPART.replace(k=(30,), seeds=(0, 1, 2), **quick)
+    context = UPRIGHT.replace(memory=10_240, seeds=(0, 1, 2), unseen="score")
     position_seeds = (1, 2) if len(heads) > 2 else (1,)
     tasks = dict(clusters=clusters, linear=STORED_LINEAR.replace(unseen="score"), context=context)
     return RESOLUTION.replace(heads=heads, position_seeds=position_seeds, **tasks)
@@ -158,7 +174,7 @@ def variants(case, folder):
     base = case.learn(size=case.base) if callable(case.learn) else case.learn
     debiased = RASA().fit(encoder, base, case.base).attach(encoder)
     def teacher(of): return Tiled(of, case.base) if case.teacher == "tiled" else of
-    how = dict(sizes=case.trained, steps=case.steps, batch_size=4)
+    how = dict(sizes=case.trained, steps=case.steps, batch_size=16)
     plain = ANCHORING.replace(lr=case.lr, enlarge=True, **how)
     def trained(name, change=plain, of=encoder): return anchored(name, case, folder, change, teacher(of))
     made = dict(gram=trained("gram"), match=trained("match", plain.replace(gram=0, match=1.)))
@@ -172,7 +188,7 @@ def resampled(case, base):
     size = max(case.sizes)
     data = case.learn(size=size) if callable(case.learn) else case.learn
     shown = Reading(size).apply(data.first(8))
-    images = torch.stack([shown[i][0] for i in range(min(8, len(data)))])
+    images = torch.stack([shown[i][0] for i in range(min(8, len(data)))]).to(case.encoder.device)
     target, found = Tiled(case.encoder, case.base)(images), {}
     how = dict(mean=case.encoder.mean.flatten().tolist(), std=case.encoder.std.flatten().tolist())
     for way in WAYS:
@@ -205,20 +221,31 @@ PARTS = dict(heads=run_heads, anchor=run_anchor)
 
 
 def cost():
-    "Seconds on this machine, and operations of a step of one image at 512 px, the teacher at 768 px."
-    rows = []
-    for name in ("vit_small_patch16_dinov3_qkvb", "vit_base_patch16_dinov3_qkvb"):
-        encoder = load_encoder(name, pretrained=False, device="cpu")
-        anchoring = ANCHORING.replace(sizes=512, teacher_sizes=768, batch_size=1, steps=10)
-        training, images = Training(encoder, encoder, anchoring, 0), torch.rand(1, 3, 768, 768)
-        with FlopCounterMode(display=False) as counter: training.step(images)
-        start = time.process_time()
-        training.step(images)
-        seconds, operations = time.process_time() - start, counter.get_total_flops()
-        rows.append(dict(model=name, image=512, teacher=768, cpu_seconds=seconds, operations=operations,
-                         threads=torch.get_num_threads()))
-        print(rows[-1], flush=True)
-    return rows
+    "Operations, seconds and memory of a step at 512 px, the teacher at 768 px, in bfloat16."
+    return [cost_of(name) for name in ("vit_small_patch16_dinov3_qkvb", "vit_base_patch16_dinov3_qkvb")]
+
+
+def cost_of(name):
+    encoder = load_encoder(name, pretrained=False)
+    device, on_gpu = encoder.device, encoder.device.type == "cuda"
+    n = 16 if on_gpu else 1
+    anchoring = ANCHORING.replace(sizes=512, teacher_sizes=768, batch_size=n, steps=10, precision="bf16")
+    training, images = Training(encoder, encoder, anchoring, 0), torch.rand(n, 3, 768, 768, device=device)
+    with FlopCounterMode(display=False) as counter: training.step(images)
+    seconds = [seconds_of(lambda: training.step(images), device) for _ in range(7 if on_gpu else 1)]
+    row = dict(model=name, image=512, teacher=768, images=n, operations=counter.get_total_flops(),
+               seconds=statistics.median(seconds), least=min(seconds), most=max(seconds),
+               device=torch.cuda.get_device_name() if on_gpu else "CPU", threads=torch.get_num_threads())
+    if on_gpu: row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    print(row, flush=True)
+    return row
+
+
+def seconds_of(do, device):
+    start = time.perf_counter()
+    do()
+    if device.type == "cuda": torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def arguments():
@@ -243,13 +270,14 @@ def main():
         for name in args.cases:
             of = record.setdefault("cases", {}).setdefault(name, {})
             if part in of: continue
-            start, folder = time.process_time(), args.folder / name.replace(" ", "_")
+            start, folder = time.perf_counter(), args.folder / name.replace(" ", "_")
             folder.mkdir(parents=True, exist_ok=True)
             told = PARTS[part](CASES[name](args.shared, args.images, args.steps), folder)
-            about = dict(command=command, cpu_seconds=round(time.process_time() - start))
+            device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+            about = dict(command=command, seconds=round(time.perf_counter() - start), device=device)
             of[part] = told | about
             save(args.out, json.loads(json.dumps(record, default=str)))
-            print(f"{name}: {part} done, {of[part]['cpu_seconds']} s", flush=True)
+            print(f"{name}: {part} done, {of[part]['seconds']} s", flush=True)
     if "cost" in args.parts and "cost" not in record:
         record["cost"] = cost()
         save(args.out, json.loads(json.dumps(record, default=str)))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['interpolation_matrix', 'upsample', 'UpsampledMoments', 'new_moments', 'whitened_pca', 'images_per_chunk',
            'reduce_tokens', 'cells_around', 'draw_points', 'distances_to', 'argmin', 'assign_points', 'ClusterSums',
-           'add_rows', 'fill_empty', 'lloyd', 'first_points', 'settled_library', 'kmeans_centers', 'nearest_centers']
+           'fill_empty', 'lloyd', 'first_points', 'settled_library', 'kmeans_centers', 'nearest_centers']
 
 # %% ../nbs/02f_kmeans.ipynb #c003
 import math
@@ -188,61 +188,49 @@ class ClusterSums:
         restarts:int,
         k:int,           # clusters of each
     ):
-        n, d = points.shape
         exact = torch.float32 if points.device.type == "mps" else torch.float64   # MPS has no float64
-        self.points = points
-        self.labels = torch.full((restarts, n), k, device=points.device)   # of no cluster
-        self.sums = torch.zeros(restarts, k + 1, d, dtype=exact, device=points.device)
-        self.sizes = torch.zeros(restarts, k + 1, dtype=exact, device=points.device)
+        self.rows, self.labels = F.pad(points, (0, 1), value=1.), None    # a point, and 1
+        self.sums = torch.zeros(restarts, k, self.rows.shape[1], dtype=exact, device=points.device)
 
     def move(self,
         labels,          # the cluster of each point now [r, n]
     ) -> bool:
         "Takes the new clusters; returns whether any point changed its own."
-        moved, numbers = (labels != self.labels).nonzero(), 4 * self.points.shape[1]
-        for some in moved.split(images_per_chunk(numbers, labels.device)):
+        before, self.labels = self.labels, labels
+        moved = (labels >= 0 if before is None else labels != before).nonzero()
+        for some in moved.split(images_per_chunk(4 * self.rows.shape[1], labels.device)):
             restart, point = some.unbind(1)
-            rows = self.points[point].to(self.sums)
-            for sign, of in ((1, labels), (-1, self.labels)):
-                add_rows(self.sums, self.sizes, (restart, of[restart, point]), rows, sign)
-        self.labels = labels
+            rows, cluster = self.rows[point].to(self.sums), labels[restart, point]
+            if before is not None:   # it leaves another
+                restart, cluster = restart.repeat(2), torch.cat([cluster, before[restart, point]])
+                rows = torch.cat([rows, -rows])
+            self.sums.index_put_((restart, cluster), rows, accumulate=True)
         return len(moved) > 0
-
-def add_rows(
-    sums, sizes,   # of clusters [..., k, d] and [..., k]; changed in place
-    cluster,       # of each row: a tuple of indices [m]
-    rows,          # [m, d]
-    sign:int=1,    # -1 takes them away
-):
-    "Adds rows to the sums of their clusters, in a fixed order."
-    sums.index_put_(cluster, sign * rows, accumulate=True)
-    sizes.index_put_(cluster, torch.full_like(rows[:, 0], sign), accumulate=True)
 
 # %% ../nbs/02f_kmeans.ipynb #k009
 def fill_empty(
-    points,     # [n, d]
+    rows,       # points, each with a 1 [n, d + 1]
     labels,     # cluster of each point [n]
     centers,    # that they were nearest to [k, d]
-    sums,       # of the clusters [k, d]; changed in place
-    sizes,      # [k]; changed in place
+    sums,       # of the clusters [k, d + 1]; changed in place
 ):
     "Moves the points farthest from their centers to the clusters that have none."
-    distances = (points - centers[labels]).square().sum(1)
+    distances = (rows[:, :-1] - centers[labels]).square().sum(1)
     if not distances.any(): return
-    empty = (sizes == 0).nonzero()[:, 0]
+    empty = (sums[:, -1] == 0).nonzero()[:, 0]
     far = distances.topk(len(empty)).indices
-    rows = points[far].to(sums)
-    add_rows(sums, sizes, (labels[far],), rows, sign=-1)
-    add_rows(sums, sizes, (empty,), rows)
+    moved = rows[far].to(sums)
+    sums.index_put_((torch.cat([empty, labels[far]]),), torch.cat([moved, -moved]), accumulate=True)
 
 @patch
 def means(self:ClusterSums,
     before,     # the centers that points were nearest to [r, k, d]
 ) -> torch.Tensor:
     "Returns the new centers [r, k, d]."
-    sums, sizes = self.sums[:, :-1].clone(), self.sizes[:, :-1].clone()
-    for i in (sizes == 0).any(1).nonzero()[:, 0].tolist():
-        fill_empty(self.points, self.labels[i], before[i], sums[i], sizes[i])
+    sums = self.sums.clone()
+    for i in (sums[..., -1] == 0).any(1).nonzero()[:, 0].tolist():
+        fill_empty(self.rows, self.labels[i], before[i], sums[i])
+    sums, sizes = sums[..., :-1], sums[..., -1]
     means = sums / sizes.clamp_min(1)[..., None]
     largest = means[torch.arange(len(means)), sizes.argmax(1)]
     return torch.where(sizes[..., None] > 0, means, largest[:, None]).to(before)

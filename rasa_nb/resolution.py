@@ -12,6 +12,7 @@ import hashlib, json, math
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from html import escape
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -95,17 +96,16 @@ class Tiled(WrappedEncoder):
 
     def forward(self, images):
         p, grid = self.patch_size, check_image_size(images.shape[-2:], self.patch_size)
-        starts = [_starts(*sides, self.overlap) for sides in zip(grid, self.cells)]
-        total, weights = 0, _window_weights(self.cells).to(self.device)
-        for top in starts[0]:
-            for left in starts[1]:
-                seen = images[..., top * p:top * p + self.window[0], left * p:left * p + self.window[1]]
-                gh, gw = min(self.cells[0], grid[0]), min(self.cells[1], grid[1])
-                weight = weights[:gh, :gw, None]
-                tokens = torch.cat([self.base(seen) * weight, weight.expand(len(images), -1, -1, -1)], -1)
-                around = [left, grid[1] - left - gw, top, grid[0] - top - gh]
-                total = total + F.pad(tokens, [0, 0, *around])
-        return total[..., :-1] / total[..., -1:]
+        (h, w), (gh, gw) = self.window, map(min, self.cells, grid)
+        corners = list(product(*(_starts(*sides, self.overlap) for sides in zip(grid, self.cells))))
+        seen = [images[..., top * p:top * p + h, left * p:left * p + w] for top, left in corners]
+        weight = _window_weights(self.cells).to(self.device)[:gh, :gw, None]
+        total, shares = (torch.zeros(*grid, n, device=self.device) for n in (self.embed_dim, 1))
+        total = total.repeat(len(images), 1, 1, 1)
+        for (top, left), tokens in zip(corners, self.base(torch.cat(seen)).split(len(images))):
+            total[:, top:top + gh, left:left + gw] += tokens * weight
+            shares[top:top + gh, left:left + gw] += weight
+        return total / shares
 
 def _starts(cells, window, overlap):
     "Where windows begin along an axis, in patches."

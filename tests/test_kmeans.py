@@ -173,8 +173,8 @@ def test_sums_of_points_that_moved_are_sums_of_all():
         labels = torch.from_numpy(rng.integers(5, size=(2, 200)))
         clusters.move(labels)
     one_hot = F.one_hot(labels, 5).double()
-    assert torch.allclose(clusters.sums[:, :-1], one_hot.mT @ points.double(), atol=1e-12)
-    assert torch.equal(clusters.sizes[:, :-1], one_hot.sum(1))
+    assert torch.allclose(clusters.sums[..., :-1], one_hot.mT @ points.double(), atol=1e-12)
+    assert torch.equal(clusters.sums[..., -1], one_hot.sum(1))
 
 
 def test_points_far_from_the_origin_keep_their_digits():
