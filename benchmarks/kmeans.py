@@ -1,7 +1,7 @@
 """K-means of this package beside scikit-learn's: seconds, and how good the centers are.
 
     python benchmarks/kmeans.py                                # K=300, 256 points a center, 5 restarts
-    python benchmarks/kmeans.py --threads 1 2 --record         # writes benchmarks/results/kmeans.json
+    python benchmarks/kmeans.py --threads 1 2 --out benchmarks/results/kmeans.json
 
 Points are 600 overlapping blobs in 50 dimensions. Both libraries begin each restart with the same points and
 run as many iterations. On a machine with a GPU torch runs there too. Nothing else should run beside it.
@@ -14,8 +14,6 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from rasa_nb.kmeans import kmeans_centers, distances_to
-
-results = Path(__file__).parent / "results" / "kmeans.json"
 
 
 def blobs(n, d=50, number=600):
@@ -52,7 +50,7 @@ def main():
     parser.add_argument("--max-iter", type=int, default=100)
     parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()])
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--record", action="store_true", help=f"write {results.name}")
+    parser.add_argument("--out", type=Path, help="the record, e.g. benchmarks/results/kmeans.json")
     args = parser.parse_args()
 
     points, rows = blobs(256 * args.k), []
@@ -68,7 +66,7 @@ def main():
     about = dict(k=args.k, points=len(points), dimensions=points.shape[1], n_init=args.n_init,
                  max_iter=args.max_iter, repeats=args.repeats, processor=platform.processor() or platform.machine(),
                  gpu=name, torch=torch.__version__)
-    if args.record: results.write_text(json.dumps(dict(about=about, rows=rows), indent=1) + "\n")
+    if args.out: args.out.write_text(json.dumps(dict(about=about, rows=rows), indent=1) + "\n")
 
 
 if __name__ == "__main__": main()

@@ -14,6 +14,7 @@ kept in --folder. The parts of a case:
              "resampled": nothing trained, the position embedding resampled in another way, the one of four
              whose similarities are nearest to those of tiles, on images whose labels nobody looks at;
              "tiled": nothing trained, overlapping windows of the base size
+    anchor, seed 1; anchor, seed 2    "gram" and "match" once more, from other adapters and crops
     cost     seconds and floating-point operations of a training step of ViT-S/16 and ViT-B/16, random weights
 
 It runs on a GPU where there is one. Prints Markdown. Real weights and data lie beside the project, see cases.py.
@@ -162,22 +163,24 @@ def protocol_of(heads):
     return RESOLUTION.replace(heads=heads, position_seeds=position_seeds, **tasks)
 
 
-def anchored(name, case, folder, anchoring, teacher):
+def anchored(name, case, folder, anchoring, teacher, seed=0):
     "The encoder with what a training taught it; the training goes on where it was stopped."
-    file = folder / f"{name.replace(', ', '-')}.training"
-    return GramAnchor(anchoring).fit(case.encoder, case.train, teacher, Reading(progress=True), file).encoder_
+    file, how = folder / f"{name.replace(', ', '-')}-{seed}.training", Reading(progress=True)
+    return GramAnchor(anchoring, seed).fit(case.encoder, case.train, teacher, how, file).encoder_
 
 
-def variants(case, folder):
-    "Name -> encoder, the one as it is first."
-    encoder, debiased = case.encoder, None
-    base = case.learn(size=case.base) if callable(case.learn) else case.learn
-    debiased = RASA().fit(encoder, base, case.base).attach(encoder)
+def variants(case, folder, seed=0):
+    "Name -> encoder, the one as it is first; of another seed than 0 only two that were trained."
+    encoder = case.encoder
     def teacher(of): return Tiled(of, case.base) if case.teacher == "tiled" else of
     how = dict(sizes=case.trained, steps=case.steps, batch_size=16)
     plain = ANCHORING.replace(lr=case.lr, enlarge=True, **how)
-    def trained(name, change=plain, of=encoder): return anchored(name, case, folder, change, teacher(of))
+    def trained(name, change=plain, of=encoder):
+        return anchored(name, case, folder, change, teacher(of), seed)
     made = dict(gram=trained("gram"), match=trained("match", plain.replace(gram=0, match=1.)))
+    if seed: return {"as it is": encoder} | made
+    base = case.learn(size=case.base) if callable(case.learn) else case.learn
+    debiased = RASA().fit(encoder, base, case.base).attach(encoder)
     made["gram, debiased"] = trained("gram, debiased", of=debiased)
     controls = dict(resampled=resampled(case, base), tiled=Tiled(encoder, case.base))
     return {"as it is": encoder} | made | controls
@@ -207,14 +210,16 @@ def run_heads(case, folder):
     return curve(case, {"as it is": case.encoder}, ("none", "base", "own", "all"), folder).to_dict()
 
 
-def run_anchor(case, folder):
-    encoders = variants(case, folder)
+def run_anchor(case, folder, seed=0):
+    encoders = variants(case, folder, seed)
     told = curve(case, encoders, ("none", "own"), folder).to_dict()
     how = dict(trained=case.trained, steps=case.steps, teacher=case.teacher)
-    return told | dict(resampled=encoders["resampled"].name, **how)
+    if not seed: how["resampled"] = encoders["resampled"].name
+    return told | how
 
 
 PARTS = dict(heads=run_heads, anchor=run_anchor)
+PARTS |= {f"anchor, seed {seed}": partial(run_anchor, seed=seed) for seed in (1, 2)}
 
 
 # What a real run would cost
@@ -253,7 +258,7 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     add = parser.add_argument
     add("--cases", nargs="+", choices=CASES, default=USUAL, metavar="CASE", help=", ".join(CASES))
-    add("--parts", nargs="+", choices=[*PARTS, "cost"], default=[*PARTS, "cost"])
+    add("--parts", nargs="+", choices=[*PARTS, "cost"], default=["heads", "anchor", "cost"])
     add("--images", type=int, help="of each split; each case has its own number by default")
     add("--steps", type=int, help="of each training; each case has its own number by default")
     add("--shared", type=Path, default=SHARED, help="folder of real weights and data")

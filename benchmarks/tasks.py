@@ -3,7 +3,8 @@
     python benchmarks/tasks.py --mae runs/mae/tiny.safetensors
     python benchmarks/tasks.py --cases "galileo on water" tiny --tasks linear in_context
     python benchmarks/tasks.py --cases tiny --images 60 --steps 20 --folder quick --out quick.json
-    python benchmarks/tasks.py --cases "deit on VOC" --images 60 --steps 50 --folder quick --cost
+    OMP_NUM_THREADS=1 python benchmarks/tasks.py --cases tiny --cost --steps 50 \\
+        --folder runs/cost --out benchmarks/results/tasks_cost.json
 
 Heads are those that benchmarks/methods.py fitted, and are fitted where they are not there yet. What is learned
 with labels is learned on the split `pick` and scored on `report`. Fills results/tasks.json case by case and goes
@@ -12,8 +13,12 @@ costs to score all methods at once, in linear and in-context segmentation, again
 """
 import argparse
 import json
+import multiprocessing
+import resource
 import time
 from pathlib import Path
+
+import torch
 
 from rasa_nb.linear import STORED_LINEAR, linear_segmentation
 from rasa_nb.matching import LEOPART
@@ -49,27 +54,37 @@ def run_case(name, args):
 
 
 def cost(name, args):
-    "Seconds of this process for linear and in-context segmentation, of all methods at once and one by one."
+    "What linear and in-context segmentation take, of all methods at once and one by one: time, images, memory."
     case = open_case(name, args.shared, args.mae).first(args.images or 60)
     encoders = {"none": case.encoder} | fitted(name, case, args)
-    seen, knobs = [], protocols(case, args)
-    counter = case.encoder.model.patch_embed
-    hook = counter.register_forward_hook(lambda module, images, out: seen.append(len(out)))
-    def timed(run):
-        seen.clear()
-        start = time.process_time()
-        run()
-        return dict(seconds=time.process_time() - start, images=sum(seen))
+    knobs, splits, seen = protocols(case, args), (case.pick, case.report), []
+    case.encoder.model.patch_embed.register_forward_hook(lambda module, images, out: seen.append(len(out)))
     rest = dict(image_size=case.size, seeds=(0,), reading=args.reading.replace(progress=False), examples=())
-    splits = case.pick, case.report
-    together = timed(lambda: evaluate(encoders, *splits, ("linear", "in_context"), protocols=knobs, **rest))
+    def together(): evaluate(encoders, *splits, ("linear", "in_context"), protocols=knobs, **rest)
     def one_by_one():
         for method, encoder in encoders.items():
             linear_segmentation({method: encoder}, *splits, knobs["linear"], **rest)
             in_context({method: encoder}, *splits, knobs["in_context"], **rest)
-    alone = timed(one_by_one)
-    hook.remove()
-    return dict(encoders=len(encoders), images=len(case.pick) + len(case.report), together=together, alone=alone)
+    def measured(run):
+        start, before = time.process_time(), peak_mb()
+        run()
+        return dict(cpu_seconds=time.process_time() - start, encoded=sum(seen), more_mb=peak_mb() - before)
+    about = dict(encoders=len(encoders), images=len(case.pick) + len(case.report), threads=torch.get_num_threads())
+    return about | dict(together=in_a_child(measured, together), alone=in_a_child(measured, one_by_one))
+
+
+def in_a_child(function, *args):
+    "What the function returns, run in a process of its own, so that its memory is its own."
+    ours, theirs = multiprocessing.Pipe()
+    child = multiprocessing.get_context("fork").Process(target=lambda: theirs.send(function(*args)))
+    child.start()
+    theirs.close()    # so that a child that dies ends the wait
+    told = ours.recv()
+    child.join()
+    return told
+
+
+def peak_mb(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def arguments():
@@ -83,7 +98,7 @@ def arguments():
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--steps", type=int, help="of the linear layer; the protocol's by default")
     add("--images", type=int, help="the first so many of each split; all by default")
-    add("--cost", action="store_true", help="measure what it costs at once and one by one, and write nothing")
+    add("--cost", action="store_true", help="measure what it costs at once and one by one, instead")
     add("--shared", type=Path, default=SHARED, help="folder of real weights and data")
     add("--batch_size", type=int, default=32)
     add("--folder", type=Path, default=here.parent / "runs" / "methods", help="of fitted heads and finished runs")
@@ -95,7 +110,10 @@ def arguments():
 
 def main():
     args = arguments()
-    if args.cost: return [print(name, json.dumps(rounded(cost(name, args)))) for name in args.cases]
+    if args.cost:
+        told = {name: rounded(cost(name, args)) for name in args.cases}
+        with atomic(args.out) as part: part.write_text(json.dumps(told, indent=1))
+        return print(json.dumps(told, indent=1))
     record = load(args.out)
     asked = dict(tasks=args.tasks, methods=args.methods, seeds=args.seeds, images=args.images, steps=args.steps)
     for name in args.cases:

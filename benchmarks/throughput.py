@@ -150,19 +150,19 @@ def measure(name, data, args):
     n = max(args.least, int(args.images * share))
     few, data = data.first(min(n, 4 * args.batch_size)), repeated(data, n)
     reading, device = Reading(size, "published", 0, min(args.batch_size, n)), args.device
-    alone = reading.replace(num_workers=0)
-    wholes = dict(fit=lambda: collect_moments(encoder, data, reading))
+    here, alone = data.first(min(n, args.alone)), reading.replace(num_workers=0)
+    wholes = dict(fit=(data, lambda: collect_moments(encoder, data, reading)))
     if name == "free": wholes.update(
-        reading=lambda: [data[i] for i in range(n)],
-        images=lambda: [data.load_image(i) for i in range(n)],
-        fit_alone=lambda: collect_moments(encoder, data, alone),
-        fit_worker=lambda: with_worker(encoder, data, reading),
-        input=lambda: score_input(data, reading, device),
-        input_alone=lambda: score_input(data, alone, device))
+        reading=(here, lambda: [here[i] for i in range(len(here))]),
+        images=(here, lambda: [here.load_image(i) for i in range(len(here))]),
+        fit_alone=(here, lambda: collect_moments(encoder, here, alone)),
+        fit_worker=(here, lambda: with_worker(encoder, here, reading)),
+        input=(data, lambda: score_input(data, reading, device)),
+        input_alone=(here, lambda: score_input(here, alone, device)))
     fit_stages(encoder, few.first(reading.batch_size), reading, device)   # warms kernels and files
     turns = []
     for turn in range(args.turns):
-        whole = {what: n / seconds(do, device)[0] for what, do in wholes.items()}
+        whole = {what: len(read) / seconds(do, device)[0] for what, (read, do) in wholes.items()}
         whole["encoder"] = bare_encoder(encoder, size, reading.batch_size, device)
         turns.append(dict(whole=whole, fit=fit_stages(encoder, few, reading, device),
                           score=score_stages(encoder, few, reading, args.k, device)))
@@ -249,6 +249,7 @@ def options():
     parser.add_argument("--encoders", nargs="+", choices=list(ENCODERS), default=list(ENCODERS))
     parser.add_argument("--images", type=int, default=768,
                         help="of a whole pass; on a CPU fewer for slow encoders")
+    parser.add_argument("--alone", type=int, default=768, help="at most, where one process reads")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--k", type=int, default=100, help="clusters of the one K-means run that is timed")

@@ -33,6 +33,7 @@ class AnchorConfig(Config):
     rank: int = 16             # of LoRA
     lr: str = "5e-4"           # the highest learning rate
     gram: str = "1.5"          # weight of the Gram loss
+    match: str = "0"           # weight of the plain distance to the teacher's tokens
     keep: str = "1"            # weight of what keeps tokens at the base size
     enlarge: bool = False      # show images larger than they are
     precision: str = "float32" # or "bf16"
@@ -61,7 +62,7 @@ def anchoring(self:AnchorConfig):
     on_scenes = self.dataset == "scenes"
     sizes = ("144" if on_scenes else "512,768") if self.sizes == "auto" else self.sizes
     steps = self.steps or (30 if on_scenes else ANCHORING.steps)
-    numbers = dict(lr=self._number("lr"), gram=self._number("gram"), keep=self._number("keep"))
+    numbers = {name: self._number(name) for name in ("lr", "gram", "match", "keep")}
     plain = "adapter", "rank", "enlarge", "precision", "checkpointing"
     chosen = {name: getattr(self, name) for name in plain}
     teacher_sizes = self._sizes("teacher_sizes", self.teacher_sizes) if self.teacher_sizes else None

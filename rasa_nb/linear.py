@@ -496,15 +496,15 @@ def crop_batches(
     device="cpu",   # where images are finished
 ):
     "Yields step, images [B, 3, h, w] and masks [B, h, w] of random crops; each epoch has crops of its own."
-    share = Share.of(len(data))
-    each = min(len(share.images), max(1, protocol.batch_size // share.world))
-    per_epoch, step = len(share.images) // each, start
-    reading = reading.replace(batch_size=each, progress=False)
-    dealt = epoch_batches(len(share.images), each, step_seed(seed, share.rank), start)
+    (rank, world), each = this_process(), min(len(data), protocol.batch_size)
+    if each % world: raise ValueError(f"a step has {each} images for {world} processes: expected a multiple")
+    per_epoch, step = len(data) // each, start
+    reading = reading.replace(batch_size=each // world, progress=False)
+    dealt = epoch_batches(len(data), each, step_seed(seed, 0), start)
     crops = LinearCrops(protocol, data.ignore_index)
     while step < total:
         some = min(per_epoch - step % per_epoch, total - step)
-        indices = torch.cat([next(dealt) for _ in range(some)]) + share.images.start
+        indices = torch.cat([next(dealt)[rank::world] for _ in range(some)])
         shown = Transformed(data, crops, step_seed(seed, step // per_epoch))
         for images, masks in batches(shown, reading, device=device, indices=indices.tolist()):
             yield step, images, masks

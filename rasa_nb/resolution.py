@@ -588,10 +588,20 @@ def _draw(self:ResolutionCurve, ax, encoder, measure):
         spread = np.fmax(by.value.std(ddof=0), by.images_std.first().astype(float))
         ax.errorbar(np.array(sides) + (i - 1.5) * .01 * max(sides), by.value.mean(), spread, color=color,
                     marker=marker, ms=4, lw=1.2, capsize=2, label=f"head: {HEADS[head]}")
-    for control, values in self._floors(measure).items():
-        ax.plot(sides, values, color=".6", lw=1, ls=":", zorder=0)
-        ax.annotate(control, (sides[-1], values[-1]), fontsize=6, color=".4", ha="right", va="bottom")
+    floors = self._floors(measure)
+    for values in floors.values(): ax.plot(sides, values, color=".6", lw=1, ls=":", zorder=0)
+    ends = {name: values[-1] for name, values in floors.items()}
+    for names, end in _labels(ends, apart=.07 * np.ptp(ax.get_ylim())):
+        ax.annotate(names, (sides[-1], end), fontsize=6, color=".4", ha="right", va="bottom")
     ax.set_xticks(sides)
+
+def _labels(ends, apart):
+    "Names with their heights; those that would lie on each other are one."
+    found = []
+    for name, end in sorted(ends.items(), key=lambda pair: pair[1]):
+        if found and end - found[-1][1] < apart: found[-1] = f"{found[-1][0]}, {name}", end
+        else: found.append((name, end))
+    return found
 
 @patch
 def _floors(self:ResolutionCurve, measure):

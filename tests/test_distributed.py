@@ -10,7 +10,8 @@ from threadpoolctl import threadpool_limits
 
 from rasa_nb import segmentation
 from rasa_nb.head import RASAHead
-from rasa_nb.linear import DINOV3_LINEAR, STORED_LINEAR, Learner, linear_segmentation
+from rasa_nb.linear import (
+    DINOV3_LINEAR, STORED_LINEAR, Learner, linear_segmentation, train_on_crops)
 from rasa_nb.matching import FRANCA, LEOPART
 from rasa_nb.moments import Moments, collect_moments
 from rasa_nb.rasa import RASA
@@ -21,7 +22,8 @@ SCRIPT = """
 import sys, torch, torch.distributed as dist
 torch.set_num_threads(1)
 from rasa_nb.encoders import load_encoder
-from rasa_nb.linear import DINOV3_LINEAR, STORED_LINEAR, Learner, linear_segmentation
+from rasa_nb.linear import (
+    DINOV3_LINEAR, STORED_LINEAR, Learner, linear_segmentation, train_on_crops)
 from rasa_nb.matching import FRANCA, LEOPART
 from rasa_nb.moments import collect_moments
 from rasa_nb.scenes import Scenes
@@ -45,6 +47,9 @@ mine = slice(3 * dist.get_rank(), 3 * dist.get_rank() + 3)
 learner = Learner(8, 3, DINOV3_LINEAR.replace(dropout=0., warmup=1), 4)
 for _ in range(4): learner.step(z[mine], masks[mine])
 if dist.get_rank() == 0: learner.save(sys.argv[1] + "/learner.safetensors")
+crops = DINOV3_LINEAR.replace(image_size=48, mask_size=48, steps=5, warmup=1, batch_size=4, dropout=0.)
+probe = train_on_crops(dict(tiny=encoder), Scenes("train", 6), crops, 0)["tiny"]
+if dist.get_rank() == 0: torch.save(probe.state_dict(), sys.argv[1] + "/crops.pt")
 dist.destroy_process_group()
 """
 
@@ -120,3 +125,10 @@ def test_two_processes_score_a_ridge_probe_and_its_controls_as_one(by_two, tiny)
     assert two["scores"][0]["probe"] == "ridge" and two["data"]["images"] == 9
     assert two["scores"][0]["miou"] == pytest.approx(one.frame.miou[0], abs=.05)
     assert [row["miou"] for row in two["controls"]] == pytest.approx(one.controls.miou.tolist())
+
+
+def test_two_processes_that_share_crops_learn_what_one_learns(by_two, tiny):
+    crops = DINOV3_LINEAR.replace(image_size=48, mask_size=48, steps=5, warmup=1, batch_size=4, dropout=0.)
+    one = train_on_crops(dict(tiny=tiny), Scenes("train", 6), crops, 0)["tiny"].state_dict()
+    two = torch.load(by_two / "crops.pt")
+    for name, tensor in one.items(): assert torch.allclose(two[name].float(), tensor.float(), atol=1e-5), name
