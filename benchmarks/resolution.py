@@ -102,8 +102,7 @@ class Case:
     score: object
     base: int           # pixels
     sizes: tuple        # beyond it
-    train: object       # images of the training, of the largest size trained at
-    trained: tuple      # sizes trained at
+    train: object       # images of the training at all sizes beyond the base
     steps: int
     teacher: str = "own size"    # or "tiled", for images whose texture is of one scale
     lr: float = 1e-3
@@ -124,21 +123,21 @@ def scenes(root, n, steps):
     n, sizes = n or 150, (144, 192, 288)
     learn, score = partial(drawn_scenes, "train", n), partial(drawn_scenes, "val", n)
     train = drawn_scenes("train", 2 * n, size=288)
-    return Case(load_encoder("tiny"), learn, score, 96, sizes, train, sizes, steps or 600, "tiled")
+    return Case(load_encoder("tiny"), learn, score, 96, sizes, train, steps or 600, "tiled")
 
 
 def voc(make, base, sizes, root, images, steps):
     train, val = (Held(VOCSegmentation(root / "data", split)) for split in ("train", "val"))
     large = [i for i in range(len(train)) if min(train.load_image(i).shape[1:]) >= max(sizes)]
     learn, score = (even(data, images or len(data)) for data in (train, val))
-    return Case(any_size(make(root)), learn, score, base, sizes, Part(train, large), sizes, steps or 600)
+    return Case(any_size(make(root)), learn, score, base, sizes, Part(train, large), steps or 600)
 
 
 def water(root, n, steps):
     folder, sizes = root / "data" / "s2_water", (144, 192, 288)
     learn, score = (partial(WaterAt, folder, half, n or 150) for half in (0, 1))
     train = WaterAt(folder, 0, 400, 288)
-    return Case(any_size(_galileo(root)), learn, score, 96, sizes, train, sizes, steps or 600, "tiled")
+    return Case(any_size(_galileo(root)), learn, score, 96, sizes, train, steps or 600, "tiled")
 
 
 CASES = {
@@ -173,7 +172,7 @@ def variants(case, folder, seed=0):
     "Name -> encoder, the one as it is first; of another seed than 0 only two that were trained."
     encoder = case.encoder
     def teacher(of): return Tiled(of, case.base) if case.teacher == "tiled" else of
-    how = dict(sizes=case.trained, steps=case.steps, batch_size=16)
+    how = dict(sizes=case.sizes, steps=case.steps, batch_size=16)
     plain = ANCHORING.replace(lr=case.lr, enlarge=True, **how)
     def trained(name, change=plain, of=encoder):
         return anchored(name, case, folder, change, teacher(of), seed)
@@ -213,7 +212,7 @@ def run_heads(case, folder):
 def run_anchor(case, folder, seed=0):
     encoders = variants(case, folder, seed)
     told = curve(case, encoders, ("none", "own"), folder).to_dict()
-    how = dict(trained=case.trained, steps=case.steps, teacher=case.teacher)
+    how = dict(trained=case.sizes, steps=case.steps, teacher=case.teacher)
     if not seed: how["resampled"] = encoders["resampled"].name
     return told | how
 

@@ -35,7 +35,7 @@ from .store import (check_file, data_source, encoder_hash, fingerprint, fitted_o
 from .moments import this_process
 from .head import unwrap
 from .segmentation import drawing, new_axes
-from .linear import epoch_batches, step_seed
+from .linear import epochs_of_steps, step_seed
 from .resolution import NEGATIVES, Tiled, gram_loss, resize_tokens
 
 # %% ../nbs/02ka_anchoring.ipynb #ga0006
@@ -327,19 +327,11 @@ def anchor_batches(
     device="cpu",    # where images are finished
 ):
     "Yields images [B, 3, h, w] of each step, those of this process; each epoch has crops of its own."
-    rank, world = this_process()
-    each = min(len(data), protocol.batch_size)
-    if each % world: raise ValueError(f"a step has {each} images for {world} processes: expected a multiple")
-    per_epoch, step = len(data) // each, start
-    dealt = epoch_batches(len(data), each, seed, start)
     crops = AnchorCrops(largest, protocol.flip, protocol.enlarge)
-    reading = reading.replace(batch_size=each // world, progress=False)
-    while step < protocol.steps:
-        some = min(per_epoch - step % per_epoch, protocol.steps - step)
-        indices = torch.cat([next(dealt)[rank::world] for _ in range(some)])
-        shown = Transformed(data, crops, step_seed(seed, step // per_epoch))
-        for images, _ in batches(shown, reading, device=device, indices=indices.tolist()): yield images
-        step += some
+    for epoch, dealt in epochs_of_steps(len(data), protocol.batch_size, seed, start, protocol.steps):
+        shown = Transformed(data, crops, step_seed(seed, epoch))
+        how = reading.replace(batch_size=dealt.shape[1], progress=False)
+        for images, _ in batches(shown, how, device=device, indices=dealt.flatten().tolist()): yield images
 
 # %% ../nbs/02ka_anchoring.ipynb #ga0033
 class Training:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['DINOV3_LINEAR', 'DINOV2_LINEAR', 'NECO_LINEAR', 'STORED_LINEAR', 'LinearProtocol', 'learning_rate', 'TokenNorm',
-           'LinearProbe', 'pixel_loss', 'patch_loss', 'Learner', 'step_seed', 'epoch_batches', 'count_steps',
-           'train_stored', 'RidgeProbe', 'fit_ridge', 'LinearCrops', 'train_on_crops', 'crop_batches', 'window_starts',
-           'slide', 'score_windows', 'linear_segmentation']
+           'LinearProbe', 'pixel_loss', 'patch_loss', 'Learner', 'step_seed', 'epoch_batches', 'epochs_of_steps',
+           'count_steps', 'train_stored', 'RidgeProbe', 'fit_ridge', 'LinearCrops', 'train_on_crops', 'crop_batches',
+           'window_starts', 'slide', 'score_windows', 'linear_segmentation']
 
 # %% ../nbs/02i_linear.ipynb #007445e0
 import dataclasses, math
@@ -292,6 +292,23 @@ def epoch_batches(
         for part in parts[first:]: yield part
         step = (epoch + 1) * per_epoch
 
+def epochs_of_steps(
+    images:int,        # of the dataset
+    batch_size:int,    # of all processes together
+    seed:int,          # of the deal
+    start:int, total:int,    # steps
+):
+    "Yields an epoch and this process's images in its steps [steps, B]; processes share each batch."
+    (rank, world), each = this_process(), min(images, batch_size)
+    if each % world:
+        raise ValueError(f"a step has {each} images for {world} processes: expected a multiple, so that all "
+                         "have as many; take another batch_size or number of processes")
+    per_epoch, step, dealt = images // each, start, epoch_batches(images, each, seed, start)
+    while step < total:
+        some = min(per_epoch - step % per_epoch, total - step)
+        yield step // per_epoch, torch.stack([next(dealt)[rank::world] for _ in range(some)])
+        step += some
+
 def count_steps(
     protocol,      # a `LinearProtocol`
     images:int,    # to learn from
@@ -496,19 +513,14 @@ def crop_batches(
     device="cpu",   # where images are finished
 ):
     "Yields step, images [B, 3, h, w] and masks [B, h, w] of random crops; each epoch has crops of its own."
-    (rank, world), each = this_process(), min(len(data), protocol.batch_size)
-    if each % world: raise ValueError(f"a step has {each} images for {world} processes: expected a multiple")
-    per_epoch, step = len(data) // each, start
-    reading = reading.replace(batch_size=each // world, progress=False)
-    dealt = epoch_batches(len(data), each, step_seed(seed, 0), start)
-    crops = LinearCrops(protocol, data.ignore_index)
-    while step < total:
-        some = min(per_epoch - step % per_epoch, total - step)
-        indices = torch.cat([next(dealt)[rank::world] for _ in range(some)])
-        shown = Transformed(data, crops, step_seed(seed, step // per_epoch))
-        for images, masks in batches(shown, reading, device=device, indices=indices.tolist()):
+    crops, step = LinearCrops(protocol, data.ignore_index), start
+    for epoch, dealt in epochs_of_steps(len(data), protocol.batch_size, step_seed(seed, 0), start, total):
+        shown = Transformed(data, crops, step_seed(seed, epoch))
+        how = reading.replace(batch_size=dealt.shape[1], progress=False)
+        for images, masks in batches(shown, how, device=device, indices=dealt.flatten().tolist()):
             yield step, images, masks
             step += 1
+
 
 # %% ../nbs/02i_linear.ipynb #07ab725b
 def window_starts(

@@ -101,8 +101,10 @@ class Tiled(WrappedEncoder):
         seen = [images[..., top * p:top * p + h, left * p:left * p + w] for top, left in corners]
         weight = _window_weights(self.cells).to(self.device)[:gh, :gw, None]
         total, shares = (torch.zeros(*grid, n, device=self.device) for n in (self.embed_dim, 1))
-        total = total.repeat(len(images), 1, 1, 1)
-        for (top, left), tokens in zip(corners, self.base(torch.cat(seen)).split(len(images))):
+        total, step = total.repeat(len(images), 1, 1, 1), max(1, math.prod(grid) // (gh * gw))
+        parts = [seen[i:i + step] for i in range(0, len(seen), step)]    # of as many pixels as the images
+        read = torch.cat([self.base(torch.cat(part)) for part in parts]).split(len(images))
+        for (top, left), tokens in zip(corners, read):
             total[:, top:top + gh, left:left + gw] += tokens * weight
             shares[top:top + gh, left:left + gw] += weight
         return total / shares
