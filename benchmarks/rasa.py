@@ -3,10 +3,10 @@
     python benchmarks/rasa.py                              # tiny, and an untrained DeiT-Tiny
     python benchmarks/rasa.py --models tiny --images 200   # a quick look
 
-Every measurement is a process of its own, on images drawn beforehand, and all are run in turn, several times
-over, so that a busy machine slows all alike. As published means 45 passes (9 heads of 5 epochs) over images
-augmented anew; one is timed and multiplied. Writes benchmarks/results/rasa.json, which
-nbs/studies/costs.ipynb shows, and prints Markdown.
+A method is timed right before and right after the bare pass, in one process and on images drawn beforehand,
+as a busy machine slows two neighbors alike; every process is started several times over, and shows the memory
+that it needs. As published means 45 passes (9 heads of 5 epochs) over images augmented anew; one is timed and
+multiplied. Writes benchmarks/results/rasa.json, which nbs/studies/costs.ipynb shows, and prints Markdown.
 """
 import argparse, json, os, platform, resource, statistics, subprocess, sys, time
 from pathlib import Path
@@ -44,20 +44,27 @@ def method(what):
 
 
 def one(what, model, images):
-    "Runs one measurement in this process: seconds of wall clock and CPU, and the peak memory of the process."
+    """Seconds of wall clock and CPU of a method and of bare passes beside it, two pairs in both orders, and
+    the peak memory of this process."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count()))
     torch.manual_seed(0)
     size, encoder = SIZES.get(model, 224), load_encoder(model, pretrained=model == "tiny")
     data = Drawn(Scenes("train", images, size=size))
     encoder(torch.zeros(32, 3, size, size))   # a first pass allocates and chooses kernels
-    wall, cpu = time.perf_counter(), time.process_time()
-    if what == "bare":
+    def bare():
         for _ in encoder.encode(Transformed(data, augmentation(size), 0)): pass
-    else: method(what).fit(encoder, data, size)
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    times, unit = 45 if what == "published" else 1, 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
-    return dict(seconds=times * wall, cpu=times * cpu, peak_mb=peak)
+    def fitted(): method(what).fit(encoder, data, size)
+    if what == "bare": took = [{"bare": timed(bare)}]
+    else: took = [{kind: timed(bare if kind == "bare" else fitted) for kind in order}
+                  for order in (("bare", what), (what, "bare"))]
+    unit = 1 if sys.platform == "darwin" else 1024
+    return dict(took=took, peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20)
+
+
+def timed(do):
+    wall, cpu = time.perf_counter(), time.process_time()
+    do()
+    return dict(seconds=time.perf_counter() - wall, cpu=time.process_time() - cpu)
 
 
 def alone(what, model, images):
@@ -73,19 +80,22 @@ def spread(values):
 
 
 def measure(model, images, repeats):
-    "Every method in turn, `repeats` times over; ratios are taken within a turn."
+    "Every method in turn, `repeats` times over; ratios are taken within a pair of neighbors."
     turns = []
     for r in range(repeats):
         turns.append({what: alone(what, model, images) for what in LABELS})
         print(f"{model}: turn {r + 1} of {repeats}", file=sys.stderr, flush=True)
-    rows = {}
-    for what in LABELS:
-        def ratio(kind): return spread(t[what][kind] / t["bare"][kind] for t in turns)
-        rows[what] = dict(seconds=ratio("seconds"), cpu=ratio("cpu"))
-        rows[what]["more_mb"] = statistics.median(t[what]["peak_mb"] - t["bare"]["peak_mb"] for t in turns)
-    times = spread(t["published"]["cpu"] / t["closed"]["cpu"] for t in turns)
+    def ratios(what, kind):
+        times = 45 if what == "published" else 1
+        pairs = [pair for turn in turns for pair in turn[what]["took"]]
+        return [times * pair[what][kind] / pair["bare"][kind] for pair in pairs]
+    rows = {what: dict(seconds=spread(ratios(what, "seconds")), cpu=spread(ratios(what, "cpu")))
+            for what in LABELS}
+    for what, row in rows.items():
+        row["more_mb"] = statistics.median(t[what]["peak_mb"] - t["bare"]["peak_mb"] for t in turns)
+    both = zip(ratios("published", "cpu"), ratios("closed", "cpu"))
     return dict(model=model, image_size=SIZES.get(model, 224), images=images, repeats=repeats, methods=rows,
-                turns=turns, published_over_closed=times)
+                turns=turns, published_over_closed=spread(trained / closed for trained, closed in both))
 
 
 def said(v): return f"{v['median']:.2f} ({v['least']:.2f} to {v['most']:.2f})"
@@ -97,7 +107,7 @@ def markdown(run):
                            "memory beyond the bare pass": f"{row['more_mb']:+.0f} MB"}
             for what, row in run["methods"].items()}
     images = f"{run['images']} images of {run['image_size']} px"
-    head = f"{run['model']}, {images}, {run['repeats']} turns: median (least to most)"
+    head = f"{run['model']}, {images}, {2 * run['repeats']} pairs: median (least to most)"
     tail = f"As published costs {said(run['published_over_closed'])} times the closed form (CPU time)."
     return "\n\n".join([head, pd.DataFrame(rows).T.to_markdown(), tail])
 

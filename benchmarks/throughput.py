@@ -7,13 +7,14 @@
 
 It runs on a GPU where there is one, else on the CPU. The stages of a fit (read, augment, encode, moments) and
 of a score (read, resize, encode, moments, reduce, K-means, assign) are timed one by one in this process, and
-so are whole passes: a fit, a fit by this process alone, one with a worker and a thread less, the encoder
-alone. "free" returns stored tokens at no cost (random, D=384), so that what is left is the pipeline; beside it
-stand reading alone (in one process, images alone or with their masks) and what a score reads. All are measured
-in turn, several times over, as a busy machine slows all alike; ratios are taken within a turn. Images are
-repeated where there are too few. Writes benchmarks/results/throughput.json and prints Markdown.
+so are whole passes: a fit, a fit by this process alone, the encoder alone, and with --compile the encoder
+with its blocks compiled by torch. "free" returns stored tokens at no cost (random, D=384), so that what is
+left is the pipeline; beside it stand reading alone (in one process, images alone or with their masks) and
+what a score reads. All are measured in turn, several times over, as a busy machine slows all alike; ratios
+are taken within a turn. Images are repeated where there are too few. Writes
+benchmarks/results/throughput.json and prints Markdown.
 """
-import argparse, json, os, platform, statistics, sys, tempfile, time
+import argparse, copy, json, os, platform, statistics, sys, tempfile, time
 from pathlib import Path
 
 import pandas as pd
@@ -32,7 +33,7 @@ from rasa_nb.matching import FRANCA
 results = Path(__file__).resolve().parent / "results" / "throughput.json"
 ENCODERS = dict(   # name -> (what `load_encoder` takes, pixels, images on a CPU as a share of --images)
     free=(None, 448, 1.), tiny=("tiny", 96, .25), deit_tiny=("deit_tiny_patch16_224", 224, .125),
-    dinov3_s=("vits", 448, .0312), dinov3_b=("vitb", 448, .0156))
+    dinov3_s=("vits", 448, .0166), dinov3_b=("vitb", 448, .0083))
 
 
 class Free(PatchEncoder):
@@ -156,26 +157,20 @@ def measure(name, data, args):
         reading=(here, lambda: [here[i] for i in range(len(here))]),
         images=(here, lambda: [here.load_image(i) for i in range(len(here))]),
         fit_alone=(here, lambda: collect_moments(encoder, here, alone)),
-        fit_worker=(here, lambda: with_worker(encoder, here, reading)),
         input=(data, lambda: score_input(data, reading, device)),
         input_alone=(here, lambda: score_input(here, alone, device)))
     fit_stages(encoder, few.first(reading.batch_size), reading, device)   # warms kernels and files
+    faster = copy.deepcopy(encoder).compile() if args.compile and name != "free" else None
+    if faster: bare_encoder(faster, size, reading.batch_size, device)
     turns = []
     for turn in range(args.turns):
         whole = {what: len(read) / seconds(do, device)[0] for what, (read, do) in wholes.items()}
         whole["encoder"] = bare_encoder(encoder, size, reading.batch_size, device)
+        if faster: whole["compiled"] = bare_encoder(faster, size, reading.batch_size, device)
         turns.append(dict(whole=whole, fit=fit_stages(encoder, few, reading, device),
                           score=score_stages(encoder, few, reading, args.k, device)))
         print(f"{name}: turn {turn + 1} of {args.turns}", file=sys.stderr, flush=True)
     return summary(name, size, n, len(few), turns) | dict(turns=turns)
-
-
-def with_worker(encoder, data, reading):
-    "A fit that one worker reads for, while torch has the threads that are left."
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(1, before - 1))
-    try: return collect_moments(encoder, data, reading.replace(num_workers=1))
-    finally: torch.set_num_threads(before)
 
 
 def repeated(data, n): return Part(data, [i % len(data) for i in range(n)])
@@ -190,6 +185,7 @@ def score_input(data, reading, device):
 def bare_encoder(encoder, size, batch_size, device):
     "images/s of the encoder alone, on images that lie on its device."
     images = torch.rand(batch_size, 3, size, size, device=device)
+    encoder(images[:4])    # after other work
     return batch_size / seconds(lambda: encoder(images), device)[0]
 
 
@@ -216,8 +212,8 @@ def summary(name, size, images, staged, turns):
         row[part] = {stage: dict(images_per_s=rates[stage], share=statistics.mean(s[stage] for s in shares))
                      for stage in rates}
     row["whole"] = {what: spread(t["whole"][what] for t in turns) for what in turns[0]["whole"]}
-    passes = "fit", "fit_alone", "fit_worker", "input", "input_alone"
-    pairs = [("fit", "encoder")]
+    passes = "fit", "fit_alone", "input", "input_alone"
+    pairs = [(what, "encoder") for what in ("fit", "compiled") if what in row["whole"]]
     if name == "free": pairs = [(what, base) for what in passes for base in ("reading", "images")]
     def ratio(what, base): return spread(t["whole"][what] / t["whole"][base] for t in turns)
     return row | dict(ratios={f"{what} over {base}": ratio(what, base) for what, base in pairs})
@@ -247,13 +243,14 @@ def options():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("--voc", help="folder that holds VOCdevkit; none: photographs are made")
     parser.add_argument("--encoders", nargs="+", choices=list(ENCODERS), default=list(ENCODERS))
-    parser.add_argument("--images", type=int, default=768,
+    parser.add_argument("--images", type=int, default=1449,
                         help="of a whole pass; on a CPU fewer for slow encoders")
     parser.add_argument("--alone", type=int, default=768, help="at most, where one process reads")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--k", type=int, default=100, help="clusters of the one K-means run that is timed")
     parser.add_argument("--device", help="None: a GPU where there is one")
+    parser.add_argument("--compile", action="store_true", help="and compiled blocks; needs a C++ compiler")
     parser.add_argument("--quick", action="store_true", help="a few images, two encoders, one turn")
     parser.add_argument("--out", type=Path, default=results)
     return parser.parse_args()

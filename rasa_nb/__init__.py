@@ -1,4 +1,4 @@
-__version__ = "0.4.0"
+__version__ = "0.4.1"
 import lazy_loader
 
 # A name is imported when it is first used: `import rasa_nb.matching` loads no widget, no plot, no method.

@@ -10,7 +10,7 @@ __all__ = ['VOC_CLASSES', 'import_torchvision', 'SegmentationData', 'Around', 'P
 # %% ../nbs/00_data.ipynb #c003
 import hashlib, importlib, json, os, re, shutil, socket, sys, tempfile, time, unicodedata, warnings
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from inspect import signature
 from io import BytesIO
 from operator import attrgetter
@@ -205,9 +205,12 @@ def images_only(self:SegmentationData):
 
 def _image_of(data, i, at_least=None):
     if _holds(data, "load_image"):
-        smaller = at_least is not None and "at_least" in signature(data.load_image).parameters
+        smaller = at_least is not None and _reads_smaller(type(data))
         return data.load_image(i, at_least) if smaller else data.load_image(i)
     return data.load(i)[0] if _holds(data, "load") else data[i][0]
+
+@cache
+def _reads_smaller(kind): return "at_least" in signature(kind.load_image).parameters
 
 def _holds(data, method):
     "Whether what a class says by a method holds for the object: no class below it loads items otherwise."

@@ -166,12 +166,19 @@ def _add(self:Moments, patch_tokens, groups):
     self.cell_sums, self.second = (s.to(sums_device(device)) for s in (self.cell_sums, self.second))
     self.counts = self.counts + torch.bincount(groups, minlength=len(self.counts))
     shift, at_a_time = self.shift.to(dtype).to(device), max(1, 1024 // math.prod(self.grid_size))
+    room = torch.empty_like(patch_tokens[:at_a_time], dtype=dtype)
     with full_precision(device):
         for some, group in zip(patch_tokens.split(at_a_time), groups.split(at_a_time)):
-            z = self.compress(some.to(dtype) - shift)
+            z = self.compress(torch.sub(some, shift, out=room[:len(some)]))
             for g, image in zip(group, z.to(self.cell_sums.device)): self.cell_sums[g].add_(image)
-            flat = z.flatten(0, 2)
-            self.second += (flat.T @ flat).to(self.second.device)
+            _add_products(self.second, z.flatten(0, 2))
+    self.second.copy_(self.second.triu() + self.second.triu(1).T)
+
+def _add_products(sums, z):
+    "Adds products of channels to `sums`, those above the diagonal: on a CPU in strips, which leave out half."
+    n_channels, strip = len(sums), 128 if z.device.type == "cpu" else len(sums)
+    for a in range(0, n_channels, strip):
+        sums[a:a + strip, a:] += (z[:, a:a + strip].T @ z[:, a:]).to(sums.device)
 
 def _middle(tokens):
     "The mean token [D], in the tokens' type; what rounding makes of the first sum, the second mends."

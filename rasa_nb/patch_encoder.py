@@ -307,6 +307,15 @@ def at(self:ViTEncoder,
     other._choose(layer, norm)
     return other
 
+# %% ../nbs/01_patch_encoder.ipynb #x4c01d02
+@patch
+def compile(self:ViTEncoder,
+    **options,    # of `torch.compile`
+):
+    "Compiles the blocks, in place, and returns self: same tokens but for rounding. Copies are not compiled."
+    for block in self.parts(self.model).blocks: block.compile(**options)
+    return self
+
 # %% ../nbs/01_patch_encoder.ipynb #c012
 def resample(
     position,   # learned position embedding [g, g, D], or of a grid that is no square
@@ -627,6 +636,14 @@ def at(self:WrappedEncoder,
     if hasattr(self.base, "at"): return self.around(self.base.at(layer, norm))
     raise TypeError(f"{self.name} is around {self.base.name}, which has no blocks to choose from: "
                     f"a {type(self.base).__name__}, expected a ViTEncoder")
+
+@patch
+def compile(self:WrappedEncoder,
+    **options,    # of `torch.compile`
+):
+    "Compiles the encoder that this one is around, in place, and returns self."
+    self.base.compile(**options)
+    return self
 
 # %% ../nbs/01_patch_encoder.ipynb #q002
 def probe_image(

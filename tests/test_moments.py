@@ -53,6 +53,14 @@ def test_sums_are_right_to_a_millionth_of_the_spread(mean, products, monkeypatch
     assert ((m.mean - z.double().mean((0, 1, 2))).abs() < 1e-6 * loudness).all()
 
 
+@pytest.mark.parametrize("d", [127, 128, 300])    # more channels than are multiplied at a time
+def test_second_moments_are_whole_and_symmetric_however_many_channels(d):
+    z = torch.randn(40, 5, 6, d) + torch.linspace(-9, 9, d)
+    m = Moments((5, 6), d)
+    for batch in z.split(9): m.update(batch)
+    assert largest_error(m, z) < 1e-6 and torch.equal(m.second, m.second.T)
+
+
 def test_short_cuts_that_a_user_switched_on_are_off_and_then_on_again():
     z = torch.randn(90, 4, 4, 8) + 3
     torch.set_float32_matmul_precision("medium")

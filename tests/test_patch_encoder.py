@@ -21,7 +21,7 @@ from rasa_nb.patch_encoder import FitSize, PatchEncoder, ViTEncoder, WrappedEnco
 from rasa_nb.patch_encoder import check_image_size, hub_parts, one_side, probe, probe_text, probes_agree, resample
 from rasa_nb.patch_encoder import timm_parts, transformers_parts
 from rasa_nb.scenes import Scenes
-from rasa_nb.store import SharedTokens
+from rasa_nb.store import SharedTokens, encoder_hash
 
 
 def rows_first(model, images): return model(images).permute(0, 2, 3, 1)
@@ -321,6 +321,26 @@ def test_another_block_of_a_wrapper_is_the_wrapper_around_another_block(wrap, ti
     assert torch.equal(earlier.at()(images), wrapped(images))
     assert earlier.name == wrapped.name.replace("tiny", "tiny block 2, no norm")
     assert earlier.at().name == wrapped.name
+
+
+def test_compiled_blocks_give_the_same_tokens_and_copies_are_free_of_them(tiny):
+    "Of any block, at any size, and around an encoder; the compiler of choice has no part in it."
+    encoder = copy.deepcopy(tiny)
+    assert encoder.compile(backend="eager") is encoder
+    for size in 96, 48:
+        images = torch.rand(2, 3, size, size)
+        for layer in -1, 2, [0, 4]:
+            for _ in range(2): assert (encoder.at(layer)(images) - tiny.at(layer)(images)).abs().max() < 1e-5
+    calls = []
+    def counted(graph, inputs): return lambda *given: calls.append(1) or graph(*given)
+    wrapped = WrappedEncoder(copy.deepcopy(encoder))
+    assert wrapped.compile(backend=counted) is wrapped and not calls
+    wrapped(images)
+    assert len(calls) == tiny.num_layers
+    other = copy.deepcopy(wrapped)
+    with torch.no_grad(): other.model.blocks[0].mlp.fc1.weight.zero_()
+    assert not torch.equal(other(images), wrapped(images)) and len(calls) == 2 * tiny.num_layers
+    assert encoder_hash(encoder) == encoder_hash(tiny)
 
 
 def test_a_wrapper_says_what_is_around_what(tiny):

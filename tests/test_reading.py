@@ -16,8 +16,9 @@ from rasa_nb import reading as reading_module
 from rasa_nb.augment import blur_, blur_weights, color_map
 from rasa_nb.data import ImageFolder, ImageMaskFolder, SegmentationData, VOCSegmentation
 from rasa_nb.reading import (
-    Evaluation, Prepared, Reading, Transformed, augmentation, batches, possible_workers, usable_cores,
-    worth_workers)
+    Evaluation, Prepared, Reading, Transformed, augmentation, batches, lent_threads, possible_workers,
+    usable_cores, worth_workers)
+from rasa_nb.moments import Moments
 from rasa_nb.scenes import Scenes
 
 from torchvision.transforms import v2   # after rasa_nb, which makes it importable
@@ -244,20 +245,111 @@ def test_floats_and_bytes_are_one_image(scenes):
 
 # Workers
 
-def test_workers_start_where_reading_takes_most_of_a_long_time(monkeypatch):
+def worth(reading, using, using_half=0., n_batches=100, on_gpu=False):
+    return worth_workers(reading, using, using_half, n_batches, on_gpu)
+
+
+def test_workers_start_where_reading_takes_a_good_part_of_a_long_time(monkeypatch):
     monkeypatch.setattr(reading_module, "usable_cores", lambda: 6)
-    assert worth_workers(.1, .1, 100, True) == 6
-    assert worth_workers(.1, .1, 10, True) == worth_workers(.1, 2., 100, True) == 0
+    for on_gpu, n in (True, 6), (False, 1):
+        assert worth(.1, .1, .1, on_gpu=on_gpu) == n
+        assert worth(.1, .1, .1, n_batches=10, on_gpu=on_gpu) == 0    # one second
+        assert worth(.1, 2., 2., on_gpu=on_gpu) == 0
     monkeypatch.setattr(reading_module, "usable_cores", lambda: 1)
-    assert worth_workers(.1, .1, 100, True) == 0
+    assert worth(.1, .1, .1) == worth(.1, .1, .1, on_gpu=True) == 0
 
 
-@pytest.mark.parametrize("threads, workers", [(1, 5), (4, 2), (6, 0), (8, 0)])
-def test_on_a_cpu_workers_get_the_cores_that_torch_leaves(monkeypatch, threads, workers):
-    monkeypatch.setattr(reading_module, "usable_cores", lambda: 6)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    assert worth_workers(.1, .1, 100, False) == workers
-    assert worth_workers(.1, .01, 100, False) == 6    # where nothing else is to be done
+@pytest.mark.parametrize("using, using_half, workers", [
+    (.1, .1, 1),      # all that torch does goes on as fast with a thread less
+    (.1, .2, 0),      # it takes twice as long: what a worker saves, torch loses
+    (.01, .02, 2),    # next to nothing is done but read
+    (1., 1.9, 0)])
+def test_on_two_cores_torch_lends_a_thread_if_it_loses_less_than_a_worker_brings(
+        monkeypatch, using, using_half, workers):
+    monkeypatch.setattr(reading_module, "usable_cores", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert worth(.1, using, using_half) == workers
+
+
+def test_many_cores_are_dealt_between_workers_and_torch(monkeypatch):
+    monkeypatch.setattr(reading_module, "usable_cores", lambda: 16)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+    few, many = worth(.2, .1, .2), worth(.8, .1, .2)    # torch takes twice as long with half of its threads
+    assert 1 < few < many < 16
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert worth(.8, .1, .1) == 8    # what torch leaves is free
+
+
+def threads_while(read):
+    "How many threads torch has at each batch, and afterwards."
+    return [torch.get_num_threads() for _ in read], torch.get_num_threads()
+
+
+def test_torch_lends_its_threads_to_automatic_workers_alone(scenes, monkeypatch):
+    monkeypatch.setattr(reading_module, "worth_workers", lambda *_: 2)
+    data, before = Reading(16).apply(scenes.first(10)), torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        during, after = threads_while(batches(data, Reading(batch_size=2)))
+        assert during[:2] == [4, 4] and during[3:] == [2, 2] and after == 4
+        assert threads_while(batches(data, Reading(batch_size=5, num_workers=1))) == ([4, 4], 4)
+        read = batches(data, Reading(batch_size=2))
+        for _ in range(4): next(read)
+        assert torch.get_num_threads() == 2
+        read.close()    # a pass that is left early gives them back, too
+        assert torch.get_num_threads() == 4
+    finally: torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("reads, uses, images, is_open", [
+    (.3, .2, 11, True),      # 2.4 seconds are left to read
+    (.3, .2, 9, False),      # 1.8 are
+    (.3, 4., 11, False)])    # a slow encoder keeps its threads
+def test_the_third_batch_shows_what_torch_does_with_half_its_threads(monkeypatch, reads, uses, images, is_open):
+    clock, told, before = [0.], [], torch.get_num_threads()
+    class Slow(Scenes):
+        def load_image(self, i, at_least=None):
+            clock[0] += reads
+            return super().load_image(i)
+    monkeypatch.setattr(reading_module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(reading_module, "worth_workers", lambda *seconds: told.append(seconds) or 0)
+    torch.set_num_threads(4)
+    try:
+        for _ in batches(Reading(16).apply(Slow("val", images).images_only()), Reading(batch_size=1)):
+            clock[0] += uses if torch.get_num_threads() == 4 else 3 * uses
+    finally: torch.set_num_threads(before)
+    *seconds, left, on_gpu = told[0]
+    assert np.allclose(seconds, [reads, uses, 3 * uses if is_open else uses])
+    assert left == images - 3 and not on_gpu
+
+
+def test_tokens_and_sums_are_the_same_with_any_number_of_threads(tiny, scenes):
+    "So that a run gives the same numbers, whether workers paid this time or not."
+    images, before = torch.stack([scenes[i][0] for i in range(8)]) / 255, torch.get_num_threads()
+    def made(threads):
+        torch.set_num_threads(threads)
+        tokens = tiny(images)
+        return tokens, Moments.of(tokens)
+    try: (one, sums), *others = map(made, (1, 2, 3))
+    finally: torch.set_num_threads(before)
+    for tokens, moments in others:
+        assert tokens.equal(one) and moments.second.equal(sums.second) and moments.cell_sums.equal(sums.cell_sums)
+
+
+def test_readers_that_overlap_give_back_all_threads_in_any_order():
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        first, second = lent_threads(1), lent_threads(2)
+        first.__enter__(), second.__enter__()
+        assert torch.get_num_threads() == 1
+        first.__exit__(None, None, None)
+        assert torch.get_num_threads() == 2
+        second.__exit__(None, None, None)
+        assert torch.get_num_threads() == 4
+        with lent_threads(9): assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 4
+    finally: torch.set_num_threads(before)
 
 
 def test_only_cores_that_may_be_used_are_counted(monkeypatch):
