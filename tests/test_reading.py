@@ -16,8 +16,8 @@ from rasa_nb import reading as reading_module
 from rasa_nb.augment import blur_, blur_weights, color_map
 from rasa_nb.data import ImageFolder, ImageMaskFolder, SegmentationData, VOCSegmentation
 from rasa_nb.reading import (
-    Evaluation, Prepared, Reading, Transformed, augmentation, batches, lent_threads, possible_workers,
-    usable_cores, worth_workers)
+    Evaluation, Prepared, Reading, Transformed, augmentation, batches, kept_threads, lent_threads,
+    possible_workers, usable_cores, worth_workers)
 from rasa_nb.moments import Moments
 from rasa_nb.scenes import Scenes
 
@@ -277,7 +277,9 @@ def test_many_cores_are_dealt_between_workers_and_torch(monkeypatch):
     few, many = worth(.2, .1, .2), worth(.8, .1, .2)    # torch takes twice as long with half of its threads
     assert 1 < few < many < 16
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    assert worth(.8, .1, .1) == 8    # what torch leaves is free
+    assert worth(.8, .1, .1) == 8 and kept_threads(8) == 1    # what torch leaves is free
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    assert [kept_threads(n) for n in (0, 8, 10, 15, 16)] == [8, 8, 6, 1, 1]
 
 
 def threads_while(read):
@@ -287,6 +289,7 @@ def threads_while(read):
 
 def test_torch_lends_its_threads_to_automatic_workers_alone(scenes, monkeypatch):
     monkeypatch.setattr(reading_module, "worth_workers", lambda *_: 2)
+    monkeypatch.setattr(reading_module, "usable_cores", lambda: 4)
     data, before = Reading(16).apply(scenes.first(10)), torch.get_num_threads()
     torch.set_num_threads(4)
     try:
@@ -298,6 +301,9 @@ def test_torch_lends_its_threads_to_automatic_workers_alone(scenes, monkeypatch)
         assert torch.get_num_threads() == 2
         read.close()    # a pass that is left early gives them back, too
         assert torch.get_num_threads() == 4
+        monkeypatch.setattr(reading_module, "worth_workers", lambda *_: 0)
+        monkeypatch.setattr(reading_module, "usable_cores", lambda: 2)
+        assert threads_while(batches(data, Reading(batch_size=2))) == ([4] * 5, 4)    # no worker, nothing lent
     finally: torch.set_num_threads(before)
 
 
