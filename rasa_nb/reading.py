@@ -183,6 +183,7 @@ def worth_workers(
     best = min(range(1, cores + 1), key=seconds)
     return best if seconds(best) < .9 * alone else 0
 
+# %% ../nbs/00d_reading.ipynb #q0000015
 def kept_threads(
     workers:int,    # how many read ahead
 ) -> int:
@@ -215,27 +216,28 @@ def _read_ahead(prepared, reading, on_gpu):
     if workers is None:
         here = min(3, len(parts))
         workers = yield from _watched(prepared, parts, here, on_gpu)
-        if here == len(parts): return
+    if here == len(parts): return
     if workers: workers = possible_workers(workers, prepared, reading)
-    unasked = workers and reading.num_workers is None and not on_gpu
-    if unasked: lent = torch.get_num_threads() - kept_threads(workers)
+    unasked = workers and reading.num_workers is None
+    if unasked and not on_gpu: lent = torch.get_num_threads() - kept_threads(workers)
     rest = Subset(prepared, range(here * reading.batch_size, len(prepared)))
     how = dict(num_workers=workers, collate_fn=_collate, pin_memory=on_gpu)
     with lent_threads(lent): yield from DataLoader(rest, reading.batch_size, **how)
 
 def _watched(prepared, parts, n, on_gpu):
     "Yields the first `n` batches, read here, and returns how many workers are worth it for the rest."
-    took, half, left = [(0., 0.)], torch.get_num_threads() // 2, len(parts) - n
+    took, lent, left = [], 0, len(parts) - n
     for part in parts[:n]:
-        reading, using = took[-1]
-        is_open = len(took) == 3 and not on_gpu and reading > .1 * using and reading * left > 2
         start = time.perf_counter()
         batch = _collate([prepared[j] for j in part])
         read = time.perf_counter()
-        with lent_threads(half if is_open else 0): yield batch
-        took.append((read - start, time.perf_counter() - read))
+        with lent_threads(lent): yield batch
+        reading, using = read - start, time.perf_counter() - read
+        took.append((reading, using))
+        is_open = len(took) == 2 and not on_gpu and reading > .1 * using and reading * left > 2
+        lent = torch.get_num_threads() // 2 if is_open else 0
     if n < 3: return 0
-    (_, using), (reading, using_half) = took[2:]
+    (_, using), (reading, using_half) = took[1:]
     return worth_workers(reading, using, using_half, left, on_gpu)
 
 # %% ../nbs/00d_reading.ipynb #q0000009
