@@ -309,6 +309,14 @@ def at(self:ViTEncoder,
 
 # %% ../nbs/01_patch_encoder.ipynb #x4c01d02
 @patch
+def compile(self:PatchEncoder,
+    **options,    # of `torch.compile`
+):
+    "Compiles the way from images to tokens, in place, and returns self."
+    nn.Module.compile(self, **options)
+    return self
+
+@patch
 def compile(self:ViTEncoder,
     **options,    # of `torch.compile`
 ):

@@ -343,6 +343,14 @@ def test_compiled_blocks_give_the_same_tokens_and_copies_are_free_of_them(tiny):
     assert encoder_hash(encoder) == encoder_hash(tiny)
 
 
+def test_an_encoder_without_blocks_is_compiled_whole_and_says_what_is_wrong_as_before():
+    plain, calls, images = mean_color(), [], torch.rand(2, 3, 48, 48)
+    def counted(graph, inputs): return lambda *given: calls.append(1) or graph(*given)
+    encoder = mean_color().compile(backend=counted)
+    assert torch.equal(encoder(images), plain(images)) and calls
+    with pytest.raises(ValueError, match="image size 45 x 48 is no multiple"): encoder(images[:, :, :45])
+
+
 def test_a_wrapper_says_what_is_around_what(tiny):
     wrapped = ShiftAverage(DebiasedEncoder(tiny, head_for(tiny)), 2)
     around = "tiny+test+ShiftAverage (ShiftAverage) around tiny+test (DebiasedEncoder) around "
